@@ -1,0 +1,66 @@
+"""The `recsys` program. This file imports nothing heavy, so that help and a mistyped command answer at once."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from recsys_lightning import __version__
+from recsys_lightning.errors import InputError
+
+# command: (module that runs it, one line of help). Each module has a function of the command's name or `run`.
+COMMANDS = {
+    "prepare": ("recsys_lightning.cli.trainer", "build and cache the data and the item embeddings, print the statistics"),
+    "fit": ("recsys_lightning.cli.trainer", "train a model or a tokenizer"),
+    "validate": ("recsys_lightning.cli.trainer", "measure a trained model on the validation items"),
+    "test": ("recsys_lightning.cli.trainer", "measure a trained model on the test items"),
+    "predict": ("recsys_lightning.cli.trainer", "write every user's recommendations to predictions.parquet"),
+    "compare": ("recsys_lightning.cli.compare", "put the results of runs into one table"),
+    "demo": ("recsys_lightning.cli.demo", "everything on a small synthetic catalogue with a known answer"),
+}
+
+_TOP = """usage: recsys COMMAND [options]
+
+Recommendation with semantic IDs and dense vectors: COBRA and SPARC on PyTorch Lightning.
+
+commands:
+{commands}
+
+`recsys COMMAND --help` lists the options of a command, `recsys fit --model.help COBRA` those of a class.
+options:
+  -h, --help     show this text
+  --version      show the version"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 where the user's input was at fault."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        commands = "\n".join(f"  {name:<14} {line}" for name, (_, line) in COMMANDS.items())
+        sys.stdout.write(_TOP.format(commands=commands) + "\n")
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"recsys {__version__}\n")
+        return 0
+    command = arguments[0]
+    try:
+        if command not in COMMANDS:
+            raise InputError(f"no command {command!r}{nearest(command, COMMANDS)}; `recsys --help` lists them")
+        module = importlib.import_module(COMMANDS[command][0])
+        module.run(arguments)
+    except InputError as error:
+        sys.stderr.write(f"recsys: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def nearest(word: str, known: Sequence[str] | dict[str, object] | dict[str, tuple[str, str]]) -> str:
+    """`; did you mean 'x'?` for the most similar known word, or nothing if none is similar."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line."""
+    raise InputError(message)

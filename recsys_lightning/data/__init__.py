@@ -1,0 +1,1 @@
+"""Raw files to batches: sources, interactions, catalog, item texts, sequences, data modules."""

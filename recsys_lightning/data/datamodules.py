@@ -1,0 +1,270 @@
+"""Lightning data modules: a source and its settings in, batches out."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recsys_lightning.data.catalog import Catalog
+from recsys_lightning.data.interactions import IntArray, Split, leave_one_out
+from recsys_lightning.data.prepared import PreparedData, prepare
+from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset, Stage
+from recsys_lightning.data.sources import Source
+from recsys_lightning.data.text import TextEncoder, compose_texts, embed_texts, find_embeddings
+from recsys_lightning.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+TEMPLATE = ("{title}", "Brand: {brand}", "Categories: {categories}", "Price: {price}", "{description}")
+
+
+class CatalogDataModule(L.LightningDataModule):
+    """The part every data module shares: build the data set and its item embeddings once, then read them.
+
+    `prepare_data` runs on one process of a machine and does all the work; `setup` only opens what it left.
+
+    Args:
+        source: where the interactions come from: `Amazon2014`, `Tabular` or `Synthetic`.
+        encoder: turns item texts into embeddings: `SentenceTransformerEncoder` or `TfidfSVD`. Without one, models that
+            need text embeddings refuse the data.
+        template: segments of an item's text, with field names in braces; a segment whose field an item lacks is left out.
+        raw_dir: folder of the raw files. What is missing there is downloaded, if the source has a public address.
+        cache_dir: folder for everything that is built.
+        k_core: drop users and items with fewer interactions, again and again until none is left; 0 keeps all.
+        num_workers: processes that make batches; 0 makes them in the training process, which is enough for most data.
+        seed: of the order of training batches; None takes the run's own, ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encoder: TextEncoder | None = None,
+        template: tuple[str, ...] = TEMPLATE,
+        raw_dir: str = "raw",
+        cache_dir: str = "cache",
+        k_core: int = 5,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.source, self.encoder, self.template = source, encoder, template
+        self.raw_dir, self.cache_dir = Path(raw_dir).expanduser(), Path(cache_dir).expanduser()
+        self.k_core, self.num_workers = k_core, num_workers
+        self.seed = seed
+        self._data: PreparedData | None = None
+        self._catalog: Catalog | None = None
+
+    def prepare_data(self) -> None:
+        """Download, read, clean, number and embed whatever is not cached yet."""
+        data = prepare(self.source, self.raw_dir, self.cache_dir, self.k_core)
+        if self.encoder is not None:
+            embed_texts(self._texts(data), self.encoder, self.cache_dir)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared data."""
+        if self._catalog is not None:
+            return
+        self._data = data = prepare(self.source, self.raw_dir, self.cache_dir, self.k_core)
+        text = None
+        if self.encoder is not None:
+            text = find_embeddings(self._texts(data), self.encoder, self.cache_dir)
+            if text is None:
+                raise InputError(f"no item embeddings in {self.cache_dir}: run `recsys prepare` on this machine first")
+        self._split = leave_one_out(data.interactions)
+        is_train = _inside(data.interactions.offsets[:-1], self._split.train_stop, len(data.interactions))
+        counts = np.bincount(data.interactions.items[is_train], minlength=data.interactions.num_items + 1)
+        self._catalog = Catalog(data.fields, counts.astype(np.int64), text)
+
+    @property
+    def data(self) -> PreparedData:
+        """The prepared data; available after `setup`."""
+        if self._data is None:
+            raise RuntimeError("call prepare_data() and setup() first")
+        return self._data
+
+    @property
+    def catalog(self) -> Catalog:
+        """The items; available after `setup`."""
+        if self._catalog is None:
+            raise RuntimeError("call prepare_data() and setup() first")
+        return self._catalog
+
+    @property
+    def split(self) -> Split:
+        """What is training, validation and test; available after `setup`."""
+        self.catalog  # noqa: B018 - says what to do if setup has not run
+        return self._split
+
+    def statistics(self) -> dict[str, Any]:
+        """What `recsys prepare` prints: the data set's figures, its split and its text encoder."""
+        validation, test = self.split.sizes
+        text = self.catalog.text
+        return {
+            **self.data.statistics,
+            "split": {"train": len(self.data.interactions) - validation - test, "val": validation, "test": test},
+            "text_encoder": text.encoder if text else None,
+            "text_width": text.vectors.shape[1] if text else None,
+        }
+
+    @property
+    def _order_seed(self) -> int:
+        # What seed_everything has set for this process, as Lightning hands it to data loader workers.
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def _texts(self, data: PreparedData) -> list[str]:
+        return compose_texts(data.fields.drop("item_id"), self.template)
+
+
+class SequenceDataModule(CatalogDataModule):
+    """Users' sequences, split by leave-one-out, as `SequenceBatch`es.
+
+    Args:
+        source: see `CatalogDataModule`.
+        encoder: see `CatalogDataModule`.
+        template: see `CatalogDataModule`.
+        raw_dir: see `CatalogDataModule`.
+        cache_dir: see `CatalogDataModule`.
+        k_core: see `CatalogDataModule`.
+        max_history: longest history in items (C12); the newest ones are kept.
+        windows: what becomes of longer training sequences: ``last`` trains on the newest items, ``all`` splits them.
+        batch_size: sequences of a training batch on one device.
+        eval_batch_size: sequences of an evaluation batch on one device.
+        num_workers: see `CatalogDataModule`.
+        seed: see `CatalogDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encoder: TextEncoder | None = None,
+        template: tuple[str, ...] = TEMPLATE,
+        raw_dir: str = "raw",
+        cache_dir: str = "cache",
+        k_core: int = 5,
+        max_history: int = 20,
+        windows: Literal["last", "all"] = "last",
+        batch_size: int = 256,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ):
+        super().__init__(source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed)
+        for name, value in (("max_history", max_history), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise InputError(f"data.{name}={value} must be at least 1")
+        self.max_history, self.windows = max_history, windows
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+
+    def dataset(self, stage: Stage) -> SequenceDataset:
+        """The rows of one stage."""
+        return SequenceDataset(self.data.interactions, self.split, stage, self.max_history, self.windows)
+
+    def train_dataloader(self) -> DataLoader[SequenceBatch]:
+        """Shuffled training batches."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[SequenceBatch]:
+        """Every user with a validation answer, once."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[SequenceBatch]:
+        """Every user with a test answer, once; the validation answer is part of the history."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[SequenceBatch]:
+        """Every user, with all interactions as history."""
+        return self._loader("predict")
+
+    def _loader(self, stage: Stage) -> DataLoader[SequenceBatch]:
+        dataset = self.dataset(stage)
+        if not len(dataset):
+            raise InputError(f"no user has enough interactions for the {stage} split; lower --data.k_core or give more data")
+        size = self.batch_size if stage == "train" else self.eval_batch_size
+        sampler = BucketSampler(dataset.lengths, size, stage == "train", self._order_seed, rank=_rank(), world_size=_world_size())
+        # The sampler yields whole batches and the dataset answers with one: nothing is collated.
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+
+class ItemDataModule(CatalogDataModule):
+    """Item text embeddings in batches (B, D), for models that learn semantic IDs.
+
+    Args:
+        source: see `CatalogDataModule`.
+        encoder: see `CatalogDataModule`.
+        template: see `CatalogDataModule`.
+        raw_dir: see `CatalogDataModule`.
+        cache_dir: see `CatalogDataModule`.
+        k_core: see `CatalogDataModule`.
+        batch_size: items of a batch on one device.
+        num_workers: see `CatalogDataModule`.
+        seed: see `CatalogDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encoder: TextEncoder | None = None,
+        template: tuple[str, ...] = TEMPLATE,
+        raw_dir: str = "raw",
+        cache_dir: str = "cache",
+        k_core: int = 5,
+        batch_size: int = 1024,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ):
+        super().__init__(source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed)
+        if batch_size < 1:
+            raise InputError(f"data.batch_size={batch_size} must be at least 1")
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Shuffled batches of item embeddings."""
+        return self._loader(shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Every item once: a tokenizer is judged on the whole catalogue."""
+        return self._loader(shuffle=False)
+
+    test_dataloader = val_dataloader
+
+    def _loader(self, shuffle: bool) -> DataLoader[Tensor]:
+        dataset = _Rows(self.catalog.text_embeddings()[1:])
+        lengths = np.ones(len(dataset), dtype=np.int64)
+        sampler = BucketSampler(lengths, self.batch_size, shuffle, self._order_seed, rank=_rank(), world_size=_world_size())
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+
+class _Rows(Dataset[Tensor]):
+    """Rows of a matrix, many at a time."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: list[int]) -> Tensor:
+        return self.rows[torch.as_tensor(index)]
+
+
+def _inside(start: IntArray, stop: IntArray, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """(total,) True at the positions of any ``start:stop``."""
+    edges = np.zeros(total + 1, dtype=np.int64)
+    np.add.at(edges, start, 1)
+    np.add.at(edges, stop, -1)
+    return edges.cumsum()[:-1] > 0
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

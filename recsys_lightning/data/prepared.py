@@ -1,0 +1,137 @@
+"""A data set built once and kept: raw files to `Interactions` and item fields in one folder of memory-mapped files."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recsys_lightning.data.interactions import Interactions, k_core
+from recsys_lightning.data.rejects import RejectLog
+from recsys_lightning.data.sources import Source
+from recsys_lightning.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the files of a prepared folder change their meaning: older folders are then built again
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared data set.
+
+    Attributes:
+        interactions: after the k-core, exact duplicates dropped.
+        fields: I rows: ``item_id`` (raw id), then one String column a text field.
+        user_ids: (U,) raw ids of the users.
+        statistics: what `recsys prepare` prints, as plain JSON values.
+        fingerprint: of the raw files' contents and every setting that shaped the result.
+    """
+
+    interactions: Interactions
+    fields: pl.DataFrame
+    user_ids: list[str]
+    statistics: dict[str, Any]
+    fingerprint: str
+
+
+def prepare(source: Source, raw_dir: Path, cache_dir: Path, core: int) -> PreparedData:
+    """Read, clean and number the raw files, or take the result from `cache_dir` if it was built from the same ones.
+
+    The folder appears under its final name only when it is whole, so an interrupted build leaves nothing behind that
+    could be taken for data.
+
+    Args:
+        source: where the rows come from.
+        raw_dir: folder of the raw files; what is missing is downloaded into it, where the source has an address.
+        cache_dir: folder for built data.
+        core: k of the k-core; 0 keeps everything.
+
+    Raises:
+        InputError: raw files are missing or unusable, or nothing is left of them.
+    """
+    source.download(raw_dir)
+    fingerprint = _fingerprint(source, raw_dir, core)
+    folder = cache_dir / f"{source.name}-{fingerprint[:16]}"
+    if not (folder / "meta.json").is_file():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_dir))
+        try:
+            _build(source, raw_dir, core, staging, fingerprint)
+            if folder.exists():  # an older, broken folder: no meta.json
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        _log.info("prepared %s in %s", source.name, folder)
+    return _load(folder)
+
+
+def _load(folder: Path) -> PreparedData:
+    meta = json.loads((folder / "meta.json").read_text())
+    fields = pl.read_parquet(folder / "items.parquet")
+    return PreparedData(
+        interactions=Interactions.load(folder, num_items=len(fields)),
+        fields=fields,
+        user_ids=pl.read_parquet(folder / "users.parquet").get_column("user_id").to_list(),
+        statistics=meta["statistics"],
+        fingerprint=meta["fingerprint"],
+    )
+
+
+def _build(source: Source, raw_dir: Path, core: int, folder: Path, fingerprint: str) -> None:
+    raw = source.read(raw_dir)
+    unique = raw.interactions.unique(maintain_order=True)
+    kept = k_core(unique, core)
+    if kept.is_empty():
+        raise InputError(
+            f"{source.name}: no interaction is left of {len(raw.interactions)} after the {core}-core; "
+            "lower --data.k_core or check the raw files"
+        )
+    interactions, user_ids, item_ids = Interactions.from_frame(kept)
+    fields = pl.DataFrame({"item_id": item_ids}).join(raw.items, on="item_id", how="left", maintain_order="left")
+    statistics = _statistics(raw.rejects, len(raw.interactions), len(unique), interactions, fields)
+    interactions.save(folder)
+    fields.write_parquet(folder / "items.parquet")
+    pl.DataFrame({"user_id": user_ids}).write_parquet(folder / "users.parquet")
+    meta = {"fingerprint": fingerprint, "source": source.name, "settings": source.settings, "statistics": statistics}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _statistics(
+    rejects: RejectLog, read: int, unique: int, interactions: Interactions, fields: pl.DataFrame
+) -> dict[str, Any]:
+    lengths = interactions.lengths
+    text = [name for name in fields.columns if name != "item_id"]
+    return {
+        "users": interactions.num_users,
+        "items": interactions.num_items,
+        "interactions": len(interactions),
+        "density": len(interactions) / (interactions.num_users * interactions.num_items),
+        "length": {
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+        },
+        "text_coverage": {name: 1 - fields.get_column(name).null_count() / len(fields) for name in text},
+        "dropped": {"exact duplicates": read - unique, "outside the k-core": unique - len(interactions)},
+        "rejects": rejects.to_dict(),
+    }
+
+
+def _fingerprint(source: Source, raw_dir: Path, core: int) -> str:
+    digest = hashlib.sha256()
+    settings = {"format": FORMAT, "source": source.name, "settings": source.settings, "k_core": core}
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for path in source.files(raw_dir):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

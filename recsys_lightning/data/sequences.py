@@ -1,0 +1,205 @@
+"""Histories and their answers as padded batches, cut out of CSR arrays by vectorised indexing.
+
+Axis letters: B rows, T time, N answers, S items seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from recsys_lightning.data.interactions import IntArray, Interactions, Split
+
+Stage = Literal["train", "val", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Users' histories with the items that came next.
+
+    Attributes:
+        user: (B,) user number.
+        history: (B, T) item ids, oldest first, padded with 0 on the right.
+        target: (B, N) the answers, padded with 0 on the right; N is 1 under leave-one-out, 0 when predicting.
+        seen: (B, S) every item the user met before the answers, also those older than `history`; padded with 0. Empty
+            (S = 0) in training.
+    """
+
+    user: Tensor
+    history: Tensor
+    target: Tensor
+    seen: Tensor
+
+    @property
+    def history_mask(self) -> Tensor:
+        """(B, T) True where `history` holds an item."""
+        return self.history != 0
+
+    @property
+    def sequence(self) -> Tensor:
+        """(B, T+1) the history followed at once by the first answer: what a next-item model learns from."""
+        lengths = self.history_mask.sum(1, keepdim=True)  # (B, 1)
+        return F.pad(self.history, (0, 1)).scatter(1, lengths, self.target[:, :1])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceBatch":
+        """The same batch on another device."""
+        return SequenceBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+
+    def pin_memory(self) -> "SequenceBatch":
+        """The same batch in page-locked memory."""
+        return SequenceBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+class SequenceDataset(Dataset[SequenceBatch]):
+    """Rows of a split; indexing by an array of rows gives a `SequenceBatch` at once.
+
+    Training rows follow C14: one sequence a user, on which every position is learned. A user with more than
+    ``max_history + 1`` training items is either cut to the newest ones (``windows="last"``) or split from the newest
+    backwards into sequences that overlap by one item, so that each item is an answer exactly once (``windows="all"``).
+
+    Args:
+        interactions: all interactions.
+        split: what is training, validation and test.
+        stage: ``train``, ``val``, ``test``, or ``predict`` (the whole sequence is history, there is no answer).
+        max_history: longest history T.
+        windows: what becomes of training sequences longer than that.
+    """
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        split: Split,
+        stage: Stage,
+        max_history: int = 20,
+        windows: Literal["last", "all"] = "last",
+    ):
+        if max_history < 1:
+            raise ValueError(f"max_history={max_history} must be at least 1")
+        self.items = interactions.items
+        self.with_seen = stage != "train"
+        first = interactions.offsets[:-1]
+        if stage == "train":
+            # The answer of a training row is its last item; at least one item must stand before it.
+            user = np.flatnonzero(split.train_stop - first >= 2)
+            stop, answer_stop = split.train_stop[user] - 1, split.train_stop[user]
+            if windows == "all":
+                user, stop = _windows_backwards(user, first[user], stop, max_history)
+                answer_stop = stop + 1
+        else:
+            stops = {
+                "val": (split.train_stop, split.val_stop),
+                "test": (split.val_stop, split.test_stop),
+                "predict": (split.test_stop, split.test_stop),
+            }[stage]
+            user = np.flatnonzero((stops[0] > first) & ((stops[1] > stops[0]) | (stage == "predict")))
+            stop, answer_stop = stops[0][user], stops[1][user]
+        self.user, self.stop, self.answer_stop = user, stop, answer_stop
+        self.first = first[user]
+        self.start = np.maximum(self.first, stop - max_history)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def lengths(self) -> IntArray:
+        """(rows,) history length of each row, what a batch is padded to."""
+        return self.stop - self.start
+
+    def __getitem__(self, rows: IntArray | list[int]) -> SequenceBatch:
+        rows = np.asarray(rows)
+        start, stop = self.start[rows], self.stop[rows]
+        return SequenceBatch(
+            user=torch.from_numpy(self.user[rows]),
+            history=self._gather(start, stop),
+            target=self._gather(stop, self.answer_stop[rows]),
+            seen=self._gather(self.first[rows], stop if self.with_seen else self.first[rows]),
+        )
+
+    def _gather(self, start: IntArray, stop: IntArray) -> Tensor:
+        """(B, longest) the items between `start` and `stop`, 0 after the end."""
+        steps = np.arange((stop - start).max(initial=0))
+        position = start[:, None] + steps  # (B, longest)
+        inside = position < stop[:, None]
+        return torch.from_numpy(np.where(inside, self.items[np.where(inside, position, 0)], 0))
+
+
+def _windows_backwards(user: IntArray, first: IntArray, stop: IntArray, width: int) -> tuple[IntArray, IntArray]:
+    """Split ``first:stop`` into histories of at most `width`, newest first; returns the user and stop of each."""
+    count = -(-(stop - first) // width)  # at least 1, since a row has a history
+    row = np.repeat(np.arange(len(user)), count)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    return user[row], stop[row] - nth * width
+
+
+class BucketSampler(Sampler[list[int]]):
+    """Batches of rows of like length, so that little of a batch is padding.
+
+    The order is a pure function of ``(seed, epoch)``: rows are shuffled, sorted by length within pools of `pool_batches`
+    batches (a stable sort, so equal lengths stay shuffled), cut into batches, and the batches are shuffled. Without
+    `shuffle`, rows are sorted by length once, longest first.
+
+    Ranks share out whole rows of each global batch, ``rank::world_size``, and no row is dropped or repeated. In training
+    the last global batch goes short; were it too short for every rank to have a row, it is joined to the one before.
+
+    Args:
+        lengths: (rows,) the length of each row.
+        batch_size: rows of a batch on one rank.
+        shuffle: training order; evaluation leaves it off.
+        seed: of the shuffle.
+        pool_batches: batches sorted together; more means less padding and less randomness.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        lengths: IntArray,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        pool_batches: int = 50,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.lengths, self.batch_size, self.shuffle, self.seed = lengths, batch_size, shuffle, seed
+        self.pool_batches, self.rank, self.world_size = pool_batches, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of `epoch`; Lightning calls this before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._bounds())
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        total, step = len(self.lengths), self.batch_size * self.world_size
+        starts = list(range(0, total, step))
+        if len(starts) > 1 and total - starts[-1] < self.world_size:
+            starts.pop()
+        return list(zip(starts, [*starts[1:], total], strict=True))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        bounds = self._bounds()
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = rng.permutation(len(self.lengths))
+            pool = self.pool_batches * self.batch_size * self.world_size
+            for begin in range(0, len(order), pool):
+                part = order[begin : begin + pool]
+                order[begin : begin + pool] = part[np.argsort(-self.lengths[part], kind="stable")]
+            bounds = [bounds[i] for i in rng.permutation(len(bounds))]
+        else:
+            order = np.argsort(-self.lengths, kind="stable")
+        for begin, end in bounds:
+            yield order[begin:end][self.rank :: self.world_size].tolist()

@@ -1,0 +1,1 @@
+"""Models, one file a paper: plain `nn.Module`s that train in any loop."""

@@ -1,0 +1,196 @@
+"""Item encoders: item ids in, one trainable vector an item out. COBRA (arXiv:2503.02453) section 3.1.2, C9.
+
+Axis letters: U items asked for, I items of the catalogue, D width, W tokens of a text.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys_lightning.data.catalog import Catalog
+from recsys_lightning.errors import InputError
+from recsys_lightning.nn.mlp import MLP
+from recsys_lightning.nn.transformer import Transformer
+
+
+class ItemEncoder(nn.Module, ABC):
+    """Turns item ids into vectors of width D. Built from ``(catalog, dim)``; the settings follow."""
+
+    @abstractmethod
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """(U,) ids in 1..I to (U, D)."""
+
+
+class EmbeddingItemEncoder(ItemEncoder):
+    """An MLP on the frozen text embedding of an item; cheap, for machines without a GPU.
+
+    Args:
+        catalog: with text embeddings.
+        dim: D.
+        hidden: widths between the text embedding and D.
+        dropout: on the text embedding and after each hidden layer.
+    """
+
+    embeddings: Tensor
+
+    def __init__(self, catalog: Catalog, dim: int, hidden: tuple[int, ...] = (512,), dropout: float = 0.1):
+        super().__init__()
+        embeddings = catalog.text_embeddings()  # (I+1, text width)
+        # Rebuilt from the catalogue, so it stays out of checkpoints. Text encoders differ in scale: bring all to unit
+        # variance around the catalogue's mean, which also removes the direction that all sentence vectors share.
+        centred = embeddings[1:] - embeddings[1:].mean(0)
+        embeddings[1:] = centred / centred.std().clamp_min(1e-8)
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        self.dropout = nn.Dropout(dropout)
+        self.project = MLP([embeddings.shape[1], *hidden, dim], dropout=dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """(U,) to (U, D)."""
+        vectors: Tensor = self.norm(self.project(self.dropout(self.embeddings[item_ids])))
+        return vectors
+
+
+class TextItemEncoder(ItemEncoder):
+    """A bidirectional transformer over an item's own words, trained with the recommender: the paper's dense encoder.
+
+    The input is ``[CLS]`` and then the tokens of each field; token, position and field-type embeddings are summed, and
+    the output at ``[CLS]`` is the item's vector (COBRA section 3.1.2 and figure 2).
+
+    Args:
+        catalog: with text fields.
+        dim: D.
+        fields: columns of the catalogue in the order they are read; ones it lacks are left out (C9).
+        max_tokens: longest text, ``[CLS]`` included; the end is cut.
+        num_layers: the paper's public setting is 1.
+        num_heads: attention heads.
+        feedforward: width of the feed-forward layer; None is 4 D.
+        dropout: inside the transformer and on its input.
+        vocabulary: ``catalogue`` trains a WordPiece vocabulary on the catalogue's texts; any other value is the name or
+            folder of a pretrained model, whose tokenizer is used.
+        vocabulary_size: of the vocabulary trained on the catalogue.
+        pretrained_tokens: start from the input embeddings of that pretrained model, through a linear layer if its width
+            is not D.
+    """
+
+    tokens: Tensor
+    types: Tensor
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        dim: int,
+        fields: tuple[str, ...] = ("title", "brand", "categories", "price", "description"),
+        max_tokens: int = 128,
+        num_layers: int = 1,
+        num_heads: int = 4,
+        feedforward: int | None = None,
+        dropout: float = 0.1,
+        vocabulary: str = "catalogue",
+        vocabulary_size: int = 8192,
+        pretrained_tokens: bool = False,
+    ):
+        super().__init__()
+        present = [name for name in fields if name in catalog.fields.columns]
+        if not present:
+            raise InputError(f"no text field of {list(fields)} in the catalogue, which has {catalog.fields.columns[1:]}")
+        if max_tokens < 2:
+            raise InputError(f"max_tokens={max_tokens} leaves no room for words; use 2 or more")
+        if pretrained_tokens and vocabulary == "catalogue":
+            raise InputError("pretrained_tokens needs a pretrained vocabulary: name a model in vocabulary")
+        self.columns = [catalog.fields.get_column(name).fill_null("").to_list() for name in present]
+        self.max_tokens = max_tokens
+        self.tokenizer = _train_vocabulary(self.columns, vocabulary_size) if vocabulary == "catalogue" else None
+        if self.tokenizer is None:
+            self.tokenizer = _pretrained(vocabulary, "AutoTokenizer").backend_tokenizer
+        self._tokenize()
+        size = self.tokenizer.get_vocab_size()
+        self.token = nn.Embedding(size + 2, dim, padding_idx=0)  # 0 is padding, 1 is [CLS], the vocabulary follows
+        self.widen: nn.Module = nn.Identity()
+        if pretrained_tokens:
+            weight = _pretrained(vocabulary, "AutoModel").get_input_embeddings().weight.detach()[:size]  # (size, width)
+            self.token = nn.Embedding(size + 2, weight.shape[1], padding_idx=0)
+            self.token.weight.data[2 : len(weight) + 2] = weight
+            if weight.shape[1] != dim:
+                self.widen = nn.Linear(weight.shape[1], dim)
+        else:
+            nn.init.normal_(self.token.weight[1:], std=0.02)
+        self.position = nn.Embedding(max_tokens, dim)
+        self.type = nn.Embedding(len(present) + 1, dim)  # 0 is the type of [CLS]
+        for table in (self.position, self.type):
+            nn.init.normal_(table.weight, std=0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.transformer = Transformer(dim, num_layers, num_heads, feedforward or 4 * dim, dropout, "bidirectional")
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """(U,) to (U, D)."""
+        tokens, types = self.tokens[item_ids], self.types[item_ids]  # (U, W)
+        mask = tokens != 0
+        width = int(mask.sum(1).max()) if len(tokens) else 1  # short texts need not pay for the longest one
+        tokens, types, mask = tokens[:, :width], types[:, :width], mask[:, :width]
+        x = self.widen(self.token(tokens)) + self.position.weight[:width] + self.type(types)  # (U, W, D)
+        hidden, _ = self.transformer(self.dropout(x), mask)
+        vectors: Tensor = hidden[:, 0]  # (U, D) at [CLS]
+        return vectors
+
+    def get_extra_state(self) -> str:
+        """The vocabulary travels in the checkpoint, so that the same words keep their embeddings."""
+        return str(self.tokenizer.to_str())
+
+    def set_extra_state(self, state: str) -> None:
+        """Take the vocabulary of a checkpoint."""
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(state)
+        self._tokenize()
+
+    def _tokenize(self) -> None:
+        """Write tokens and field types of every item, (I+1, W); recomputed rather than stored in checkpoints."""
+        encoded = [
+            [line.ids for line in self.tokenizer.encode_batch(column, add_special_tokens=False)] for column in self.columns
+        ]
+        device = self.tokens.device if hasattr(self, "tokens") else None
+        rows, row_types = [[1]], [[0]]  # item 0: [CLS] alone, never asked for
+        for texts in zip(*encoded, strict=True):
+            ids = [1, *(i + 2 for text in texts for i in text)]
+            kinds = [0, *(f for f, text in enumerate(texts, start=1) for _ in text)]
+            rows.append(ids[: self.max_tokens])
+            row_types.append(kinds[: self.max_tokens])
+        for name, lists in (("tokens", rows), ("types", row_types)):
+            padded = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], batch_first=True)
+            self.register_buffer(name, padded.to(device), persistent=False)
+
+
+def _train_vocabulary(columns: list[list[str]], size: int) -> Any:
+    """A WordPiece vocabulary of the catalogue's words (tokenizers library)."""
+    try:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    except ImportError as error:
+        raise InputError('TextItemEncoder needs the text extra: pip install "recsys_lightning[text]"') from error
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - a token of text, not a secret
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator((text for column in columns for text in column), trainer)
+    # Ties in the trainer fall as its threads run; sorting makes ids the same in every process that sees the same words.
+    state = json.loads(tokenizer.to_str())
+    words = sorted(state["model"]["vocab"], key=lambda word: (word != "[UNK]", word))
+    state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _pretrained(name: str, loader: str) -> Any:
+    """``transformers.<loader>.from_pretrained(name)``, with an error a user can act on."""
+    try:
+        import transformers
+
+        return getattr(transformers, loader).from_pretrained(name)
+    except ImportError as error:
+        raise InputError('a pretrained vocabulary needs the text extra: pip install "recsys_lightning[text]"') from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot load vocabulary {name!r}: give a local folder, or vocabulary: catalogue ({str(error).splitlines()[0]})"
+        ) from error

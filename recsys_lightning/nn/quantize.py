@@ -1,0 +1,270 @@
+"""Residual quantization: write a vector as a sum of codewords, coarse to fine.
+
+TIGER (arXiv:2305.05065) section 3.1, used by COBRA (arXiv:2503.02453) section 3.1.1.
+Shapes: B rows, D width, L levels, K codes a level.
+"""
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor, nn
+
+from recsys_lightning.errors import InputError
+
+# A code whose EMA usage is below this has no mean worth dividing for: its codeword stays where it is.
+_SMALLEST_USAGE = 1e-12
+
+
+class Quantized(NamedTuple):
+    """What a residual quantizer says of a batch."""
+
+    vectors: Tensor  # (B, D) sum of the chosen codewords, with a gradient to the input
+    codes: Tensor  # (B, L) int64, the chosen code of each level: the semantic ID
+    loss: Tensor  # () commitment term, plus the codebook term where codebooks learn by gradient
+
+
+def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest codeword of each row: rows (B, D), codebook (K, D) -> (B,) int64; a tie goes to the lowest.
+
+    Distances are taken by differences and not by ``|a|^2 - 2ab + |b|^2``: the expansion cancels when rows lie far from
+    the origin, and its rounding depends on where a row stands in the batch, so that equal rows could get unequal codes.
+    """
+    distances = torch.cdist(rows.detach(), codebook.detach(), compute_mode="donot_use_mm_for_euclid_dist")  # (B, K)
+    return distances.argmin(-1)  # (B,)
+
+
+def residual_encode(rows: Tensor, codebooks: Tensor) -> Tensor:
+    """Codes of the greedy residual quantization: rows (B, D), codebooks (L, K, D) -> (B, L) int64."""
+    residual, codes = rows, []
+    for codebook in codebooks.unbind(0):  # (K, D)
+        codes.append(nearest_code(residual, codebook))
+        residual = residual - codebook[codes[-1]]  # (B, D)
+    return torch.stack(codes, -1)  # (B, L)
+
+
+def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Sum of the named codewords: codes (..., L), codebooks (L, K, D) -> (..., D)."""
+    levels = torch.arange(len(codebooks), device=codes.device)  # (L,)
+    return codebooks[levels, codes].sum(-2)  # (..., D)
+
+
+def kmeans_codebook(
+    rows: Tensor, num_codes: int, num_iterations: int = 50, num_starts: int = 1, seed: int = 0
+) -> Tensor:
+    """Centres of a k-means clustering, k-means++ started: rows (N, D) -> (K, D), on the rows' device.
+
+    With no more distinct rows than codes each distinct row is a centre and the spare codes repeat them; a tie goes to
+    the lowest index, so the spare codes stay unused.
+    """
+    distinct: Tensor = torch.unique(rows.detach(), dim=0)  # (U, D)
+    if len(distinct) <= num_codes:
+        return distinct[torch.arange(num_codes, device=rows.device).remainder(len(distinct))]  # (K, D)
+    kmeans = KMeans(num_codes, init="k-means++", n_init=num_starts, max_iter=num_iterations, random_state=seed)
+    with warnings.catch_warnings():
+        # Rows that differ by rounding alone can leave fewer clusters than codes. That is data, not a mistake.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        centres = kmeans.fit(rows.detach().cpu().numpy()).cluster_centers_
+    return torch.as_tensor(centres, dtype=rows.dtype, device=rows.device)  # (K, D)
+
+
+def residual_kmeans(
+    rows: Tensor, num_levels: int, num_codes: int, num_iterations: int = 50, num_starts: int = 1, seed: int = 0
+) -> Tensor:
+    """Codebooks learned level by level, each by k-means on what the levels before left: rows (N, D) -> (L, K, D)."""
+    residual, codebooks = rows.detach(), []
+    for _ in range(num_levels):
+        codebooks.append(kmeans_codebook(residual, num_codes, num_iterations, num_starts, seed))
+        residual = residual - codebooks[-1][nearest_code(residual, codebooks[-1])]  # (N, D)
+    return torch.stack(codebooks)  # (L, K, D)
+
+
+class ResidualQuantizer(nn.Module):
+    """A stack of codebooks in which each level quantizes what the levels before it left over.
+
+    TIGER (arXiv:2305.05065) section 3.1. With r_1 = x, for m = 1..L::
+
+        c_m = argmin_k |r_m - e_m[k]|^2,   e_m = e_m[c_m],   r_(m+1) = r_m - e_m
+        vectors = sum_m e_m
+        loss = mean over rows of sum_m  |sg(r_m) - e_m|^2 + commitment * |r_m - sg(e_m)|^2
+
+    The squared norms are sums over D, as printed. `r_m` carries a gradient to x alone: earlier codewords are held.
+
+    Codebooks learn in one of two ways:
+
+    * ``"ema"``: moving averages of the residuals that chose a code (van den Oord et al., arXiv:1711.00937, appendix
+      A.1), updated in each training-mode forward; the first loss term is left out. With n_k of the batch's B rows
+      choosing code k and g = `ema_decay`::
+
+          usage_k = g usage_k + (1 - g) n_k / B
+          sum_k   = g sum_k   + (1 - g) (sum of those n_k residuals) / B
+          e[k]    = sum_k / usage_k
+
+      Dividing by B leaves e[k] as it is in the paper and makes `usage` a share of rows, whatever the batch size.
+    * ``"gradient"``: the first loss term, by the optimizer.
+
+    When `torch.distributed` is initialised the batch is the union of all ranks' batches and fresh codewords come from
+    rank 0, so that codebooks stay equal on all ranks.
+
+    Args:
+        dim: Width D of the vectors.
+        num_levels: Levels L.
+        num_codes: Codes K a level.
+        commitment: Weight of the commitment term (TIGER: 0.25).
+        codebook_update: How codebooks learn.
+        ema_decay: Memory of the moving averages, per training step.
+        dead_code_threshold: In training, a code whose moving-average usage falls below this part of the fair share 1/K
+            is set to a random residual of the batch and given the fair share anew. 0 turns it off.
+
+    Raises:
+        InputError: An argument is out of its range.
+    """
+
+    codebooks: Tensor  # (L, K, D)
+    usage: Tensor  # (L, K) moving average of the share of rows that chose a code
+    sums: Tensor  # (L, K, D) moving average of residuals; only with codebook_update="ema"
+    initialised: Tensor  # () bool: `init_from_data` has run
+
+    def __init__(
+        self,
+        dim: int,
+        num_levels: int = 3,
+        num_codes: int = 32,
+        commitment: float = 0.25,
+        codebook_update: Literal["ema", "gradient"] = "ema",
+        ema_decay: float = 0.99,
+        dead_code_threshold: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_levels < 1 or num_codes < 2:
+            raise InputError(
+                "ResidualQuantizer needs dim and num_levels of 1 or more and num_codes of 2 or more, "
+                f"got {dim=} {num_levels=} {num_codes=}"
+            )
+        if codebook_update not in ("ema", "gradient"):
+            raise InputError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
+        if not 0 <= ema_decay < 1:
+            raise InputError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        if commitment < 0:
+            raise InputError(f"commitment must be 0 or more, got {commitment}")
+        if not 0 <= dead_code_threshold < 1:
+            raise InputError(f"dead_code_threshold is a part of the fair share, in [0, 1), got {dead_code_threshold}")
+        self.dim = dim
+        self.num_levels = num_levels
+        self.num_codes = num_codes
+        self.commitment = commitment
+        self.codebook_update = codebook_update
+        self.ema_decay = ema_decay
+        self.dead_code_threshold = dead_code_threshold
+        codebooks = torch.randn(num_levels, num_codes, dim) / dim**0.5  # (L, K, D)
+        if codebook_update == "gradient":
+            self.codebooks = nn.Parameter(codebooks)
+        else:
+            self.register_buffer("codebooks", codebooks)
+            self.register_buffer("sums", codebooks / num_codes)
+        self.register_buffer("usage", torch.full((num_levels, num_codes), 1 / num_codes))
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize x (B, D), in the dtype of the codebooks; in training mode also update the codebook statistics."""
+        x = x.to(self.codebooks.dtype)  # distances of half-precision rows would choose other codes than `encode`
+        residual, total, loss = x, torch.zeros_like(x), x.new_zeros(())
+        residuals, codes = [], []
+        for codebook in self.codebooks:  # (K, D)
+            code = nearest_code(residual, codebook)  # (B,)
+            word = codebook[code]  # (B, D)
+            loss = loss + self.commitment * _mean_square_norm(residual - word.detach())
+            if self.codebook_update == "gradient":
+                loss = loss + _mean_square_norm(residual.detach() - word)
+            residuals.append(residual.detach())
+            codes.append(code)
+            residual, total = residual - word.detach(), total + word
+        if self.training:
+            self._update_statistics(torch.stack(residuals), torch.stack(codes))
+        return Quantized(_straight_through(x, total), torch.stack(codes, -1), loss)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (B, L) of x (B, D)."""
+        return residual_encode(x.to(self.codebooks.dtype), self.codebooks)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Sum of the named codewords: codes (..., L) -> (..., D)."""
+        return residual_decode(codes, self.codebooks)
+
+    @torch.no_grad()
+    def init_from_data(self, vectors: Tensor, num_iterations: int = 50, seed: int = 0) -> None:
+        """Set the codebooks by residual k-means on vectors (N, D), and the moving averages to match.
+
+        Under `torch.distributed` call it on every rank: all take rank 0's codebooks.
+        """
+        vectors = vectors.to(self.codebooks)
+        codebooks = residual_kmeans(vectors, self.num_levels, self.num_codes, num_iterations, seed=seed)
+        codes = residual_encode(vectors, codebooks)  # (N, L)
+        usage = torch.stack([torch.bincount(code, minlength=self.num_codes) for code in codes.unbind(-1)]) / len(codes)
+        self.codebooks.copy_(_of_rank_zero(codebooks))
+        self.usage.copy_(_of_rank_zero(usage.to(self.usage)))
+        if self.codebook_update == "ema":
+            self.sums.copy_(self.usage[..., None] * self.codebooks)
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def _update_statistics(self, residuals: Tensor, codes: Tensor) -> None:
+        """Move the averages, and in EMA mode the codebooks, by one batch: residuals (L, B, D), codes (L, B)."""
+        rows = torch.cat([torch.ones_like(residuals[..., :1]), residuals], -1)  # (L, B, 1 + D)
+        batch = rows.new_zeros(self.num_levels, self.num_codes, 1 + self.dim)  # (L, K, 1 + D) counts, then sums
+        for level in range(self.num_levels):
+            batch[level].index_add_(0, codes[level], rows[level])
+        if _several_ranks():
+            dist.all_reduce(batch)
+        batch /= batch[0, :, 0].sum()  # rows of all ranks
+        self.usage.lerp_(batch[..., 0], 1 - self.ema_decay)
+        if self.codebook_update == "ema":
+            self.sums.lerp_(batch[..., 1:], 1 - self.ema_decay)
+            alive = (self.usage > _SMALLEST_USAGE)[..., None]  # (L, K, 1)
+            means = self.sums / self.usage.clamp(min=_SMALLEST_USAGE)[..., None]  # (L, K, D)
+            self.codebooks.copy_(torch.where(alive, means, self.codebooks))
+        if self.dead_code_threshold > 0:
+            self._revive_dead_codes(residuals)
+
+    def _revive_dead_codes(self, residuals: Tensor) -> None:
+        """Set codes that hardly any row chooses to residuals (L, B, D) of random rows of this batch."""
+        num_rows = residuals.shape[1]
+        picks = torch.randperm(num_rows, device=residuals.device)  # (B,)
+        picks = picks.repeat(-(-self.num_codes // num_rows))[: self.num_codes]  # (K,)
+        # Drawn and sent at each step, dead codes or none: to ask first would make the host wait for the device.
+        fresh = _of_rank_zero(residuals[:, picks].contiguous())  # (L, K, D)
+        dead = self.usage < self.dead_code_threshold / self.num_codes  # (L, K)
+        self.codebooks.copy_(torch.where(dead[..., None], fresh, self.codebooks))
+        self.usage.masked_fill_(dead, 1 / self.num_codes)
+        if self.codebook_update == "ema":
+            self.sums.copy_(torch.where(dead[..., None], fresh / self.num_codes, self.sums))
+
+
+def _straight_through(x: Tensor, total: Tensor) -> Tensor:
+    """The value of `total` with the gradient of x: codebooks get none (van den Oord et al., arXiv:1711.00937, 3.2).
+
+    The one place that decides where a gradient of the quantized vectors goes.
+    """
+    return x + (total - x).detach()  # (B, D)
+
+
+def _mean_square_norm(rows: Tensor) -> Tensor:
+    return rows.square().sum(-1).mean()  # ()
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _of_rank_zero(tensor: Tensor) -> Tensor:
+    """Rank 0's value of a tensor, on every rank."""
+    if not _several_ranks():
+        return tensor
+    # NCCL carries GPU tensors only, and codebooks may be initialised before the model moves to its device.
+    sent = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
+    dist.broadcast(sent, src=0)
+    return sent.to(tensor.device)

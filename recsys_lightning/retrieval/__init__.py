@@ -1,0 +1,1 @@
+"""From scores and vectors to ranked items: beam search and BeamFusion."""

@@ -1,0 +1,88 @@
+"""BeamFusion: one score for items found under different semantic IDs.
+
+Axis letters: B rows, M beams, C candidates over all rows, D width, I items.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_lightning.retrieval.beam_search import Beams
+from recsys_lightning.retrieval.recommendations import Recommendations
+from recsys_lightning.semantic_ids.trie import PrefixTrie
+
+CHUNK = 1 << 16  # candidates whose vectors are held at once
+
+
+def beam_fusion(
+    beams: Beams,
+    trie: PrefixTrie,
+    item_vectors: Tensor,
+    k: int,
+    tau: float = 1.0,
+    psi: float = 16.0,
+    per_cell: int = 100,
+    mode: Literal["global", "per_id"] = "global",
+) -> Recommendations:
+    """Rank the items of the beams' cells by beam score and cosine together.
+
+    COBRA (arXiv:2503.02453) eqs. 12-14, in log space: with beam score phi_k, dense vector v_k and A_k the `per_cell`
+    nearest items to v_k in the cell of beam k,
+    ``log Phi(k, a) = log softmax_k(tau phi)[k] + log softmax(psi cos(v_k, .))[a]``.
+    The paper does not say over what the second softmax runs (C16): ``global`` takes the union of all A_k, so the ranking is
+    that of ``tau phi_k + psi cos(v_k, a)``; ``per_id`` takes A_k, so a one-item cell always scores 1 there.
+
+    Args:
+        beams: leaves (B, M), log probabilities (B, M) and dense vectors (B, M, D) as `hidden`.
+        trie: which items lie in a cell.
+        item_vectors: (I+1, D).
+        k: length of the lists; shorter ones end in item 0.
+        tau: weight of the beam score.
+        psi: weight of the cosine.
+        per_cell: N of the paper: items kept of each cell; 0 keeps all.
+        mode: domain of the second softmax.
+    """
+    num_rows, num_beams = beams.leaves.shape
+    sizes = (trie.cell_offsets[1:] - trie.cell_offsets[:-1])[beams.leaves].flatten()  # (B M,)
+    beam = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)  # (C,)
+    nth = torch.arange(len(beam), device=beam.device) - (sizes.cumsum(0) - sizes)[beam]  # place within the cell
+    items = trie.cell_items[trie.cell_offsets[beams.leaves.flatten()][beam] + nth]  # (C,)
+    cosine = _cosines(F.normalize(beams.hidden.flatten(0, 1), dim=-1), F.normalize(item_vectors, dim=-1), beam, items)
+    if 0 < per_cell < int(sizes.max()):
+        nearest = cosine.argsort(descending=True, stable=True)
+        nearest = nearest[beam[nearest].argsort(stable=True)]  # by beam, nearest first
+        nearest = nearest[nth < per_cell]  # cells are contiguous, so nth is also the rank
+        beam, items, cosine = beam[nearest], items[nearest], cosine[nearest]
+    row = beam // num_beams  # (C,)
+    domain, num_domains = (row, num_rows) if mode == "global" else (beam, num_rows * num_beams)
+    log_near = psi * cosine - _segment_logsumexp(psi * cosine, domain, num_domains)[domain]
+    log_beam = (tau * beams.log_probs.float()).log_softmax(1).flatten()  # (B M,)
+    return _top_k(items, log_beam[beam] + log_near, row, num_rows, k)
+
+
+def _cosines(queries: Tensor, vectors: Tensor, beam: Tensor, items: Tensor) -> Tensor:
+    """(C,) the inner product of each candidate with its beam's query."""
+    parts = [(queries[b] * vectors[i]).sum(-1) for b, i in zip(beam.split(CHUNK), items.split(CHUNK), strict=True)]
+    return torch.cat(parts).float()
+
+
+def _segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """(num_segments,) log of the sum of exponentials of the values (C,) of each segment."""
+    largest = values.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment, values, "amax")
+    total = torch.zeros_like(largest).index_add(0, segment, (values - largest[segment]).exp())
+    return largest + total.log()
+
+
+def _top_k(items: Tensor, scores: Tensor, row: Tensor, num_rows: int, k: int) -> Recommendations:
+    """The k best candidates of each row; candidates (C,) stand row by row."""
+    counts = row.bincount(minlength=num_rows)
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    width = max(int(counts.max()), k)
+    padded = scores.new_full((num_rows, width), -torch.inf)
+    padded[row, column] = scores
+    ids = items.new_zeros(num_rows, width)
+    ids[row, column] = items
+    best, order = padded.topk(k, dim=1)
+    return Recommendations(ids.gather(1, order), best)

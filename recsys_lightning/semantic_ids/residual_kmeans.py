@@ -1,0 +1,106 @@
+"""Residual k-means: semantic IDs without a network."""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_lightning.errors import InputError
+from recsys_lightning.nn.quantize import residual_decode, residual_encode, residual_kmeans
+from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
+
+# k-means++ starts a level, the best of which is kept: codes are learned once, so a bad start would stay.
+_NUM_STARTS = 3
+
+
+class ResidualKMeans(ItemTokenizer):
+    """A tokenizer whose codebooks are k-means centres, each level of what the levels before it left over.
+
+    The "RK-means" of GRID (arXiv:2507.22224), there at least as good as RQ-VAE. `fit` learns everything::
+
+        r_1 = embedding,   e_m = k-means centre nearest to r_m,   r_(m+1) = r_m - e_m
+
+    Args:
+        embedding_dim: Width D of the item embeddings.
+        num_levels: Levels L.
+        num_codes: Codes K a level.
+        num_iterations: Most k-means iterations a level and start.
+        normalize: Scale each embedding to length 1 first, so that nearness is cosine.
+        seed: Seed of the k-means++ starts.
+
+    Raises:
+        InputError: An argument is out of its range.
+    """
+
+    codebooks: Tensor  # (L, K, D)
+    was_fitted: Tensor  # () bool
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_levels: int = 3,
+        num_codes: int = 32,
+        num_iterations: int = 50,
+        normalize: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(embedding_dim, num_levels, num_iterations) < 1 or num_codes < 2:
+            raise InputError(
+                "ResidualKMeans needs embedding_dim, num_levels and num_iterations of 1 or more and num_codes of 2 or "
+                f"more, got {embedding_dim=} {num_levels=} {num_iterations=} {num_codes=}"
+            )
+        self.embedding_dim = embedding_dim
+        self.num_levels = num_levels
+        self.num_codes = num_codes
+        self.num_iterations = num_iterations
+        self.normalize = normalize
+        self.seed = seed
+        self.register_buffer("codebooks", torch.zeros(num_levels, num_codes, embedding_dim))
+        self.register_buffer("was_fitted", torch.tensor(False))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the codebooks have been learned."""
+        return bool(self.was_fitted)
+
+    @torch.no_grad()
+    def fit(self, embeddings: Tensor) -> Self:
+        """Learn all codebooks from embeddings (I, D) of real items.
+
+        Raises:
+            InputError: Embeddings of another width, or not finite.
+        """
+        check_embeddings(embeddings, self.embedding_dim)
+        rows = self._rows(embeddings)  # (I, D)
+        codebooks = residual_kmeans(
+            rows, self.num_levels, self.num_codes, self.num_iterations, num_starts=_NUM_STARTS, seed=self.seed
+        )
+        self.codebooks.copy_(codebooks)
+        self.was_fitted.fill_(True)
+        return self
+
+    def losses(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """Nothing: `fit` was all there is to learn."""
+        return {}
+
+    @torch.no_grad()
+    def encode(self, embeddings: Tensor) -> Tensor:
+        """Codes (B, L) of embeddings (B, D).
+
+        Raises:
+            RuntimeError: Called before `fit`.
+        """
+        if not self.fitted:
+            raise RuntimeError("ResidualKMeans.encode was called before fit: there are no codebooks yet")
+        return residual_encode(self._rows(embeddings), self.codebooks)
+
+    @torch.no_grad()
+    def reconstruct(self, embeddings: Tensor) -> Tensor:
+        """The sum of an embedding's codewords, (B, D); of the scaled embedding when `normalize` is set."""
+        return residual_decode(self.encode(embeddings), self.codebooks)
+
+    def _rows(self, embeddings: Tensor) -> Tensor:
+        rows = embeddings.to(self.codebooks)  # (B, D)
+        return F.normalize(rows, dim=-1) if self.normalize else rows

@@ -1,0 +1,185 @@
+"""The table of semantic IDs: which tuple of codes each item has, and from which embeddings it came."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from recsys_lightning.errors import InputError
+from recsys_lightning.semantic_ids.usage import code_usage
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollisionReport:
+    """How items share semantic IDs; a cell is the set of items that hold one tuple of codes. Plain values only."""
+
+    num_items: int
+    num_cells: int  # different tuples in use
+    collision_rate: float  # share of items whose tuple some other item holds too
+    largest_cell: int  # items
+    mean_cell: float  # items
+    used_codes: tuple[int, ...]  # (L,) codes of the level that some item holds
+    perplexity: tuple[float, ...]  # (L,)
+    entropy: tuple[float, ...]  # (L,) nats
+    entropy_share: tuple[float, ...]  # (L,) entropy / log K
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticIds:
+    """The semantic IDs of a catalogue.
+
+    Attributes:
+        codes: (I+1, L) int64 in 0..K-1. Row 0 is padding and all zeros, so (0, ..., 0) is also a tuple a real item may
+            hold: mask padding by item id, never by codes.
+        num_codes: Codes K a level.
+        embeddings_fingerprint: Fingerprint of the item embeddings the codes were made from.
+        tokenizer: Free description of what made them.
+
+    Raises:
+        InputError: Codes of another shape or type, out of range, or a padding row that is not zero.
+    """
+
+    codes: Tensor  # (I+1, L)
+    num_codes: int
+    embeddings_fingerprint: str
+    tokenizer: str
+
+    def __post_init__(self) -> None:
+        """Refuse a table that breaks its promises."""
+        codes = self.codes
+        if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[0] < 2 or codes.shape[1] < 1:
+            raise InputError(
+                "semantic IDs must be int64 of shape (I+1, L) with at least one item and one level, "
+                f"got {codes.dtype} of shape {tuple(codes.shape)}"
+            )
+        if bool(codes[0].any()):
+            raise InputError(f"row 0 of the semantic IDs is padding and must be zero, got {codes[0].tolist()}")
+        outside = ((codes < 0) | (codes >= self.num_codes)).nonzero()  # (N, 2)
+        if len(outside):
+            item, level = outside[0].tolist()
+            raise InputError(
+                f"semantic IDs must lie in 0..{self.num_codes - 1}, but item {item} has code {int(codes[item, level])} "
+                f"at level {level + 1}; was num_codes={self.num_codes} meant?"
+            )
+
+    @property
+    def num_items(self) -> int:
+        """Items I, padding not counted."""
+        return len(self.codes) - 1
+
+    @property
+    def num_levels(self) -> int:
+        """Levels L."""
+        return self.codes.shape[1]
+
+    def collision_report(self) -> CollisionReport:
+        """Count cells, collisions and the use of each level's codes."""
+        _, cells = torch.unique(self.codes[1:], dim=0, return_counts=True)  # (C,)
+        usage = code_usage(self.codes[1:], self.num_codes)
+        return CollisionReport(
+            num_items=self.num_items,
+            num_cells=len(cells),
+            collision_rate=int(cells[cells > 1].sum()) / self.num_items,
+            largest_cell=int(cells.max()),
+            mean_cell=self.num_items / len(cells),
+            used_codes=tuple(usage.num_used.tolist()),
+            perplexity=tuple(usage.perplexity.tolist()),
+            entropy=tuple(usage.entropy.tolist()),
+            entropy_share=tuple(usage.entropy_share.tolist()),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to one safetensors file: whole or not at all, whenever the process dies."""
+        path = Path(path)
+        codes = self.codes.cpu().contiguous()
+        metadata = {
+            "num_codes": str(self.num_codes),
+            "embeddings_fingerprint": self.embeddings_fingerprint,
+            "tokenizer": self.tokenizer,
+            "codes_sha256": _sha256(codes),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the target's own folder: a rename is atomic within one file system only.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(to_safetensors({"codes": codes}, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself must outlive a power cut
+        finally:
+            os.close(folder)
+
+    @classmethod
+    def load(cls, path: str | Path, embeddings_fingerprint: str | None = None, num_items: int | None = None) -> Self:
+        """Read a table, and refuse one that was made from other embeddings or for another catalogue.
+
+        Args:
+            path: File that `save` wrote.
+            embeddings_fingerprint: Fingerprint of the embeddings in use; None leaves it unchecked.
+            num_items: Items in the catalogue in use; None leaves it unchecked.
+
+        Raises:
+            InputError: No such file, a damaged file, other embeddings, or another number of items.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no semantic IDs at {path}; make them with {_command_that_makes(path)}")
+        table = cls._read(path)
+        if embeddings_fingerprint is not None and table.embeddings_fingerprint != embeddings_fingerprint:
+            raise InputError(
+                f"semantic IDs at {path} were made from other item embeddings ({table.embeddings_fingerprint[:12]}) "
+                f"than those in use ({embeddings_fingerprint[:12]}); make them anew with {_command_that_makes(path)}, "
+                "or use the embeddings they came from"
+            )
+        if num_items is not None and table.num_items != num_items:
+            raise InputError(
+                f"semantic IDs at {path} hold {table.num_items} items but the catalogue has {num_items}; "
+                f"make them anew with {_command_that_makes(path)}"
+            )
+        return table
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                codes = file.get_tensor("codes")
+            digest, num_codes = metadata["codes_sha256"], int(metadata["num_codes"])
+            fingerprint, tokenizer = metadata["embeddings_fingerprint"], metadata["tokenizer"]
+        # OSError: safetensors maps the file into memory, which fails on an empty one.
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise _damaged(path, str(error)) from error
+        if _sha256(codes) != digest:
+            raise _damaged(path, "its codes do not match their SHA-256")
+        return cls(codes=codes, num_codes=num_codes, embeddings_fingerprint=fingerprint, tokenizer=tokenizer)
+
+
+def _sha256(codes: Tensor) -> str:
+    return hashlib.sha256(codes.numpy().tobytes()).hexdigest()
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path} is no table of semantic IDs, or a damaged one ({reason}); "
+        f"remove it and make it anew with {_command_that_makes(path)}"
+    )
+
+
+def _command_that_makes(path: Path) -> str:
+    """The command line behind a file that lies, by convention, at `runs/<group>/<name>/semantic_ids.safetensors`."""
+    folders = path.absolute().parent.parts[-3:]
+    if len(folders) == 3 and folders[0] == "runs":
+        return f"`recsys fit -c experiments/{folders[1]}/{folders[2]}.yaml`"
+    return "`recsys fit -c <the tokenizer's experiment>.yaml`"

@@ -1,0 +1,1 @@
+"""Lightning glue: what is computed a step, what is logged, what is optimised. No model code here."""

@@ -1,0 +1,195 @@
+"""What a run leaves behind besides its checkpoints: ``config.yaml``, ``results.json`` and predictions."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import polars as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+import recsys_lightning
+from recsys_lightning.data.datamodules import CatalogDataModule
+from recsys_lightning.training.recommender import RecommenderModule
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes the resolved configuration and the results of a run into its folder.
+
+    ``config.yaml`` is the configuration of `fit`; later commands on the same run write ``config-test.yaml`` and so on.
+    ``results.json`` holds ``metrics`` (flat; ``val/...`` of the checkpoint that is kept as best, ``test/...`` of the last
+    test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command, ``epochs``, ``steps``
+    and ``code``. Commands on one run add to the file.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note the time and save the configuration."""
+        self.started = time.perf_counter()
+        self.validated: dict[str, float] = {}
+        if not trainer.is_global_zero:
+            return
+        self.config_values = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        self.folder = Path(trainer.default_root_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = self.config_filename if stage == "fit" else f"config-{stage}.yaml"
+        (self.folder / name).write_text(yaml.safe_dump(self.config_values, sort_keys=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(self.config_values, allow_val_change=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the validation metrics of the best epoch, and while nothing says which is best, of the last."""
+        if trainer.sanity_checking:
+            return
+        metrics = _metrics(trainer, "val")
+        monitor = trainer.checkpoint_callback
+        if isinstance(monitor, ModelCheckpoint) and monitor.monitor in self.validated and monitor.monitor in metrics:
+            better = metrics[monitor.monitor] - self.validated[monitor.monitor]
+            if (better if monitor.mode == "max" else -better) <= 0:
+                return
+        self.validated = metrics
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the fit."""
+        self._write(trainer, pl_module, "fit", self.validated)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the test."""
+        self._write(trainer, pl_module, "test", _metrics(trainer, "test"))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Record `recsys validate`, for which there is no hook of its own."""
+        if stage == "validate" and self.validated:
+            self._write(trainer, pl_module, "validate", self.validated)
+
+    def _write(self, trainer: L.Trainer, module: L.LightningModule, command: str, metrics: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        path = self.folder / "results.json"
+        known = json.loads(path.read_text()) if path.is_file() and command != "fit" else {}
+        seconds = {**known.get("seconds_by_command", {}), command: round(time.perf_counter() - self.started, 2)}
+        results = {
+            "run": str(self.folder),
+            "model": _model_name(module),
+            "seed": self.config_values.get("seed_everything"),
+            "metrics": {**known.get("metrics", {}), **metrics},
+            "data": _data(trainer),
+            "seconds": round(sum(seconds.values()), 2),
+            "seconds_by_command": seconds,
+            "hardware": _hardware(trainer),
+            "code": code_fingerprint(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": self.config_values,
+        }
+        trained = {"epochs": trainer.current_epoch, "steps": trainer.global_step} if command == "fit" else known
+        results |= {name: trained.get(name) for name in ("epochs", "steps", "parameters")}
+        if command == "fit":
+            results["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        os.replace(temporary, path)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes the lists of `recsys predict` to ``predictions.parquet``: raw user and item ids, rank and score.
+
+    One row a recommendation; items the user has met are left out. On several processes each writes its own users to
+    ``predictions-<rank>.parquet``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self.parts: list[pl.DataFrame] = []
+
+    def write_on_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *_: Any, **__: Any
+    ) -> None:
+        """Keep a batch."""
+        if not isinstance(pl_module, RecommenderModule):
+            return
+        users, lists = prediction
+        rows, width = lists.item_ids.shape
+        self.parts.append(
+            pl.DataFrame(
+                {
+                    "user": users.cpu().repeat_interleave(width).numpy(),
+                    "rank": torch.arange(1, width + 1).repeat(rows).numpy(),
+                    "item": lists.item_ids.cpu().flatten().numpy(),
+                    "score": lists.scores.float().cpu().flatten().numpy(),
+                }
+            ).filter(pl.col("item") > 0)
+        )
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        users = pl.DataFrame({"user_id": data.data.user_ids}).with_row_index("user").cast({"user": pl.Int64})
+        items = pl.DataFrame({"item_id": data.catalog.raw_ids}).with_row_index("item", offset=1).cast({"item": pl.Int64})
+        name = "predictions.parquet" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.parquet"
+        table = pl.concat(self.parts).join(users, on="user", maintain_order="left")
+        table = table.join(items, on="item", maintain_order="left").select("user_id", "rank", "item_id", "score")
+        table.write_parquet(Path(trainer.default_root_dir) / name)
+
+
+def code_fingerprint() -> dict[str, str | None]:
+    """Which code ran: version, SHA-256 over the package's source files, and the git commit where there is one."""
+    package = Path(recsys_lightning.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+        commit: str | None = found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"version": recsys_lightning.__version__, "sha256": digest.hexdigest(), "commit": commit}
+
+
+def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
+    wanted = (f"{stage}/", f"{stage}-unseen/")
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(wanted)}
+
+
+def _model_name(module: L.LightningModule) -> str:
+    inner = getattr(module, "recommender", None) or getattr(module, "tokenizer", None) or module
+    return type(inner).__name__
+
+
+def _data(trainer: L.Trainer) -> dict[str, Any]:
+    module = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(module, CatalogDataModule):
+        return {}
+    interactions, text = module.data.interactions, module.catalog.text
+    return {
+        "source": module.source.name,
+        "num_users": interactions.num_users,
+        "num_items": interactions.num_items,
+        "num_interactions": len(interactions),
+        "fingerprint": module.data.fingerprint,
+        "text_encoder": text.encoder if text else None,
+        "text_fingerprint": text.fingerprint if text else None,
+    }
+
+
+def _hardware(trainer: L.Trainer) -> dict[str, Any]:
+    return {
+        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+        "devices": trainer.num_devices * trainer.num_nodes,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "python": platform.python_version(),
+    }

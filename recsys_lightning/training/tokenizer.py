@@ -1,0 +1,150 @@
+"""One LightningModule for every item tokenizer: it learns, then writes the semantic IDs of the whole catalogue."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from recsys_lightning.data.catalog import Catalog
+from recsys_lightning.semantic_ids.table import CollisionReport, SemanticIds
+from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
+from recsys_lightning.training.optimizers import Schedule, build_optimizer
+
+FILE_NAME = "semantic_ids.safetensors"
+
+
+class TokenizerModule(L.LightningModule):
+    """Fits an `ItemTokenizer` on item embeddings and writes ``semantic_ids.safetensors`` into the run folder.
+
+    After each validation the whole catalogue is tokenized and judged: ``val/loss`` (sum of the tokenizer's losses),
+    ``val/collision_rate``, ``val/cells``, and for each level ``val/perplexity@l``, ``val/entropy@l`` (share of log K) and
+    ``val/dead_codes@l``. The file is written at the end of `fit`, from the best checkpoint where there is one.
+
+    Args:
+        tokenizer: makes the tokenizer from the width of the embeddings, e.g. `RQVAE` or `ResidualKMeans`.
+        optimizer: makes the optimizer; biases, norms and gains are never decayed.
+        schedule: of the learning rate after the warm-up.
+        warmup_steps: steps over which the learning rate climbs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Callable[[int], ItemTokenizer],
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-4),
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+    ):
+        super().__init__()
+        self.build_tokenizer, self.optimizer, self.schedule, self.warmup_steps = tokenizer, optimizer, schedule, warmup_steps
+        self.tokenizer: ItemTokenizer | None = None
+        self._loss: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        """Build the tokenizer as soon as the data module can say how wide the embeddings are."""
+        if self.tokenizer is None:
+            self.tokenizer = self.build_tokenizer(self._catalog.text_embeddings().shape[1])
+
+    @property
+    def built(self) -> ItemTokenizer:
+        """The tokenizer; available from `configure_model` on."""
+        if self.tokenizer is None:
+            raise RuntimeError("the tokenizer is built by the Trainer, from the data module's embeddings")
+        return self.tokenizer
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self.trainer.datamodule.catalog  # type: ignore[attr-defined,no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule over all trainable parameters."""
+        total = int(self.trainer.estimated_stepping_batches)
+        return build_optimizer(self.built, self.optimizer, self.schedule, self.warmup_steps, total)
+
+    def on_fit_start(self) -> None:
+        """Learn in closed form what can be, unless a checkpoint brought it."""
+        if not self.built.fitted:
+            self.built.fit(self._catalog.text_embeddings()[1:].to(self.device))
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor | None:
+        """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
+        losses = self.built.losses(batch)
+        if not losses:
+            return None
+        total = torch.stack(list(losses.values())).sum()
+        values = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log("train/loss", total.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
+        return total
+
+    def validation_step(self, batch: Tensor, _: int) -> None:
+        """Log the losses on a part of the catalogue."""
+        self._log_losses(batch, "val")
+
+    def test_step(self, batch: Tensor, _: int) -> None:
+        """Log the losses on a part of the catalogue."""
+        self._log_losses(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Tokenize the whole catalogue and log how its codes are used."""
+        self._log_usage("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Tokenize the whole catalogue and log how its codes are used."""
+        self._log_usage("test")
+
+    def on_fit_end(self) -> None:
+        """Write the semantic IDs, from the best checkpoint where there is one."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+            state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+            self.load_state_dict(state["state_dict"])
+        ids = self.semantic_ids()
+        path = Path(self.trainer.default_root_dir) / FILE_NAME
+        ids.save(path)
+        rank_zero_info(f"wrote {path}: {describe(ids.collision_report())}")
+
+    def semantic_ids(self) -> SemanticIds:
+        """The table of the whole catalogue as the tokenizer stands now."""
+        catalog = self._catalog
+        return tokenize(
+            self.built, catalog.text_embeddings(), catalog.text_fingerprint, type(self.built).__name__, batch_size=8192
+        )
+
+    def _log_losses(self, batch: Tensor, stage: str) -> None:
+        losses = self.built.losses(batch)
+        if not losses:  # learned in closed form: what is left of an embedding once its codewords are taken away
+            losses = {"reconstruction": F.mse_loss(self.built.reconstruct(batch), batch)}
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        values = {f"{stage}/{name}": value for name, value in losses.items()}
+        self.log_dict(values, batch_size=len(batch), sync_dist=True)
+
+    def _log_usage(self, stage: str) -> None:
+        report = self.semantic_ids().collision_report()
+        values: dict[str, float] = {
+            "collision_rate": report.collision_rate,
+            "cells": report.num_cells,
+            "largest_cell": report.largest_cell,
+        }
+        for level in range(len(report.perplexity)):
+            values[f"perplexity@{level + 1}"] = report.perplexity[level]
+            values[f"entropy@{level + 1}"] = report.entropy_share[level]
+            values[f"dead_codes@{level + 1}"] = self.built.num_codes - report.used_codes[level]
+        self.log_dict({f"{stage}/{name}": float(value) for name, value in values.items()}, rank_zero_only=False)
+
+
+def describe(report: CollisionReport) -> str:
+    """A collision report in one line."""
+    perplexity = ", ".join(f"{value:.1f}" for value in report.perplexity)
+    return (
+        f"{report.num_items} items in {report.num_cells} cells, largest {report.largest_cell}, "
+        f"collision rate {report.collision_rate:.3f}, perplexity of the levels {perplexity}"
+    )
