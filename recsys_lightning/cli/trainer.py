@@ -34,6 +34,10 @@ NEED_CHECKPOINT = ("validate", "test", "predict")
 class RecsysParser(LightningArgumentParser):
     """A parser that raises one line naming the nearest valid key instead of printing pages of usage."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Abbreviations would take a mistyped key for the one it begins, without a word.
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the message as an `InputError`."""
         raise InputError(one_line(message, self)) from ex

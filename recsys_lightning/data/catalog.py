@@ -59,7 +59,9 @@ class Catalog:
 
     def _text(self) -> ItemEmbeddings:
         if self.text is None:
-            raise InputError("this model needs item text embeddings: name an encoder with --data.encoder, e.g. TfidfSVD")
+            raise InputError(
+                "this model needs item text embeddings: name an encoder with --data.encoder, e.g. TfidfSVD"
+            )
         return self.text
 
     def tail_items(self, head_share: float = 0.2) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recsys_lightning.data.catalog import Catalog
+from recsys_lightning.data.encoders import TextEncoder
 from recsys_lightning.data.interactions import IntArray, Split, leave_one_out
 from recsys_lightning.data.prepared import PreparedData, prepare
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset, Stage
 from recsys_lightning.data.sources import Source
-from recsys_lightning.data.text import TextEncoder, compose_texts, embed_texts, find_embeddings
+from recsys_lightning.data.text import compose_texts, embed_texts, find_embeddings
 from recsys_lightning.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ class CatalogDataModule(L.LightningDataModule):
         source: where the interactions come from: `Amazon2014`, `Tabular` or `Synthetic`.
         encoder: turns item texts into embeddings: `SentenceTransformerEncoder` or `TfidfSVD`. Without one, models that
             need text embeddings refuse the data.
-        template: segments of an item's text, with field names in braces; a segment whose field an item lacks is left out.
+        template: segments of an item's text, with field names in braces; one whose field an item lacks is left out.
         raw_dir: folder of the raw files. What is missing there is downloaded, if the source has a public address.
         cache_dir: folder for everything that is built.
         k_core: drop users and items with fewer interactions, again and again until none is left; 0 keeps all.
         num_workers: processes that make batches; 0 makes them in the training process, which is enough for most data.
-        seed: of the order of training batches; None takes the run's own, ``seed_everything``.
+        seed: of the order of training batches, 0 or more; None takes the run's own, ``seed_everything``.
     """
 
     def __init__(
@@ -54,6 +55,9 @@ class CatalogDataModule(L.LightningDataModule):
         seed: int | None = None,
     ):
         super().__init__()
+        for name, value in (("k_core", k_core), ("num_workers", num_workers), ("seed", seed or 0)):
+            if value < 0:
+                raise InputError(f"data.{name}={value} must be 0 or more")
         self.source, self.encoder, self.template = source, encoder, template
         self.raw_dir, self.cache_dir = Path(raw_dir).expanduser(), Path(cache_dir).expanduser()
         self.k_core, self.num_workers = k_core, num_workers
@@ -113,10 +117,11 @@ class CatalogDataModule(L.LightningDataModule):
             "text_width": text.vectors.shape[1] if text else None,
         }
 
-    @property
-    def _order_seed(self) -> int:
-        # What seed_everything has set for this process, as Lightning hands it to data loader workers.
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    def _sampler(self, lengths: IntArray, batch_size: int, shuffle: bool) -> BucketSampler:
+        """The batches of this process, of rows of such lengths."""
+        # PL_GLOBAL_SEED is what seed_everything has set, the same in all processes of a run.
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return BucketSampler(lengths, batch_size, shuffle, seed, rank=_rank(), world_size=_world_size())
 
     def _texts(self, data: PreparedData) -> list[str]:
         return compose_texts(data.fields.drop("item_id"), self.template)
@@ -156,7 +161,8 @@ class SequenceDataModule(CatalogDataModule):
         seed: int | None = None,
     ):
         super().__init__(source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed)
-        for name, value in (("max_history", max_history), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        sizes = {"max_history": max_history, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"data.{name}={value} must be at least 1")
         self.max_history, self.windows = max_history, windows
@@ -185,9 +191,11 @@ class SequenceDataModule(CatalogDataModule):
     def _loader(self, stage: Stage) -> DataLoader[SequenceBatch]:
         dataset = self.dataset(stage)
         if not len(dataset):
-            raise InputError(f"no user has enough interactions for the {stage} split; lower --data.k_core or give more data")
+            raise InputError(
+                f"no user has enough interactions for the {stage} split; lower --data.k_core or give more data"
+            )
         size = self.batch_size if stage == "train" else self.eval_batch_size
-        sampler = BucketSampler(dataset.lengths, size, stage == "train", self._order_seed, rank=_rank(), world_size=_world_size())
+        sampler = self._sampler(dataset.lengths, size, shuffle=stage == "train")
         # The sampler yields whole batches and the dataset answers with one: nothing is collated.
         return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
@@ -237,7 +245,7 @@ class ItemDataModule(CatalogDataModule):
     def _loader(self, shuffle: bool) -> DataLoader[Tensor]:
         dataset = _Rows(self.catalog.text_embeddings()[1:])
         lengths = np.ones(len(dataset), dtype=np.int64)
-        sampler = BucketSampler(lengths, self.batch_size, shuffle, self._order_seed, rank=_rank(), world_size=_world_size())
+        sampler = self._sampler(lengths, self.batch_size, shuffle)
         return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
 

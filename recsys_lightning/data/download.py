@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from recsys_lightning.errors import InputError
+from recsys_lightning.files import replacing, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -314,7 +315,7 @@ def _put_in_place(url: str, path: Path, part: BinaryIO, sha256: str | None) -> N
     # The record first: a file of ours without one would pass for a file of the user's.
     _write_json(_record_path(path), {"url": url, "bytes": _size(part), "sha256": digest})
     part_path.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     _part_record_path(path).unlink(missing_ok=True)
 
 
@@ -336,18 +337,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=2).encode() + b"\n")

@@ -75,9 +75,11 @@ class Interactions:
         """
         users = frame.get_column("user_id").unique(maintain_order=True)
         items = frame.get_column("item_id").unique(maintain_order=True)
+        user_numbers = pl.int_range(len(users), eager=True)
+        item_numbers = pl.int_range(1, len(items) + 1, eager=True)
         coded = frame.select(
-            user=pl.col("user_id").replace_strict(users, pl.int_range(len(users), eager=True), return_dtype=pl.Int64),
-            item=pl.col("item_id").replace_strict(items, pl.int_range(1, len(items) + 1, eager=True), return_dtype=pl.Int64),
+            user=pl.col("user_id").replace_strict(users, user_numbers, return_dtype=pl.Int64),
+            item=pl.col("item_id").replace_strict(items, item_numbers, return_dtype=pl.Int64),
             timestamp="timestamp",
         ).sort("user", "timestamp", maintain_order=True)
         counts = np.bincount(coded["user"].to_numpy(), minlength=len(users))
@@ -119,8 +121,8 @@ class Split:
     """Which interactions may be learned from, and which are the answers.
 
     All arrays are row positions in `Interactions`, one a user. A user trains on ``offsets[u]:train_stop[u]``; the
-    validation answers are ``train_stop[u]:val_stop[u]``, the test answers ``val_stop[u]:test_stop[u]``. Equal bounds mean
-    no answer, so a user without one is left out of that evaluation.
+    validation answers are ``train_stop[u]:val_stop[u]``, the test answers ``val_stop[u]:test_stop[u]``. Equal bounds
+    mean no answer, so a user without one is left out of that evaluation.
     """
 
     train_stop: IntArray

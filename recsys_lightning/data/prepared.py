@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recsys_lightning.data.encoders import first_line
 from recsys_lightning.data.interactions import Interactions, k_core
 from recsys_lightning.data.rejects import RejectLog
 from recsys_lightning.data.sources import Source
 from recsys_lightning.errors import InputError
+from recsys_lightning.files import sync_folder
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def prepare(source: Source, raw_dir: Path, cache_dir: Path, core: int) -> Prepar
     """Read, clean and number the raw files, or take the result from `cache_dir` if it was built from the same ones.
 
     The folder appears under its final name only when it is whole, so an interrupted build leaves nothing behind that
-    could be taken for data.
+    could be taken for data. Several processes may build at once: the first to finish gives the folder to all.
 
     Args:
         source: where the rows come from.
@@ -55,38 +57,73 @@ def prepare(source: Source, raw_dir: Path, cache_dir: Path, core: int) -> Prepar
         core: k of the k-core; 0 keeps everything.
 
     Raises:
-        InputError: raw files are missing or unusable, or nothing is left of them.
+        InputError: raw files are missing or unusable, nothing is left of them, or `cache_dir` cannot be used.
     """
     source.download(raw_dir)
     fingerprint = _fingerprint(source, raw_dir, core)
     folder = cache_dir / f"{source.name}-{fingerprint[:16]}"
     if not (folder / "meta.json").is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_dir))
+        built = _build(source, raw_dir, core, fingerprint)
         try:
-            _build(source, raw_dir, core, staging, fingerprint)
-            if folder.exists():  # an older, broken folder: no meta.json
-                shutil.rmtree(folder)
-            os.replace(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _save(built, source, folder)
+        except OSError as error:
+            raise InputError(
+                f"cannot write prepared data to {cache_dir} ({error}); give a writable folder with --data.cache_dir"
+            ) from error
         _log.info("prepared %s in %s", source.name, folder)
     return _load(folder)
 
 
+def _save(data: PreparedData, source: Source, folder: Path) -> None:
+    # Not tempfile.mkdtemp: its folders are closed to all other users of a shared cache.
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    staging.mkdir(parents=True)
+    try:
+        data.interactions.save(staging)
+        data.fields.write_parquet(staging / "items.parquet")
+        pl.DataFrame({"user_id": data.user_ids}).write_parquet(staging / "users.parquet")
+        meta = {
+            "fingerprint": data.fingerprint,
+            "source": source.name,
+            "settings": source.settings,
+            "statistics": data.statistics,
+        }
+        (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        for path in staging.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(staging)
+        if folder.exists() and not (folder / "meta.json").is_file():  # files were taken out of it
+            shutil.rmtree(folder)
+        try:
+            staging.replace(folder)
+        except OSError:
+            if not (folder / "meta.json").is_file():
+                raise
+            # Another process has built the same in the meantime.
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _load(folder: Path) -> PreparedData:
-    meta = json.loads((folder / "meta.json").read_text())
-    fields = pl.read_parquet(folder / "items.parquet")
-    return PreparedData(
-        interactions=Interactions.load(folder, num_items=len(fields)),
-        fields=fields,
-        user_ids=pl.read_parquet(folder / "users.parquet").get_column("user_id").to_list(),
-        statistics=meta["statistics"],
-        fingerprint=meta["fingerprint"],
-    )
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        fields = pl.read_parquet(folder / "items.parquet")
+        return PreparedData(
+            interactions=Interactions.load(folder, num_items=len(fields)),
+            fields=fields,
+            user_ids=pl.read_parquet(folder / "users.parquet").get_column("user_id").to_list(),
+            statistics=meta["statistics"],
+            fingerprint=meta["fingerprint"],
+        )
+    except (OSError, ValueError, KeyError, EOFError, pl.exceptions.PolarsError) as error:
+        raise InputError(
+            f"prepared data in {folder} are damaged ({first_line(error)}); remove the folder and run the command again"
+        ) from error
 
 
-def _build(source: Source, raw_dir: Path, core: int, folder: Path, fingerprint: str) -> None:
+def _build(source: Source, raw_dir: Path, core: int, fingerprint: str) -> PreparedData:
     raw = source.read(raw_dir)
     unique = raw.interactions.unique(maintain_order=True)
     kept = k_core(unique, core)
@@ -96,13 +133,12 @@ def _build(source: Source, raw_dir: Path, core: int, folder: Path, fingerprint: 
             "lower --data.k_core or check the raw files"
         )
     interactions, user_ids, item_ids = Interactions.from_frame(kept)
-    fields = pl.DataFrame({"item_id": item_ids}).join(raw.items, on="item_id", how="left", maintain_order="left")
+    # A source that gave an item two rows of fields would shift the numbers of all items after it.
+    fields = pl.DataFrame({"item_id": item_ids}).join(
+        raw.items, on="item_id", how="left", maintain_order="left", validate="1:1"
+    )
     statistics = _statistics(raw.rejects, len(raw.interactions), len(unique), interactions, fields)
-    interactions.save(folder)
-    fields.write_parquet(folder / "items.parquet")
-    pl.DataFrame({"user_id": user_ids}).write_parquet(folder / "users.parquet")
-    meta = {"fingerprint": fingerprint, "source": source.name, "settings": source.settings, "statistics": statistics}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return PreparedData(interactions, fields, user_ids, statistics, fingerprint)
 
 
 def _statistics(

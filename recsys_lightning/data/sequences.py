@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from recsys_lightning.data.interactions import IntArray, Interactions, Split
+from recsys_lightning.errors import InputError
 
 Stage = Literal["train", "val", "test", "predict"]
 
@@ -48,7 +49,8 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceBatch":
         """The same batch on another device."""
-        return SequenceBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SequenceBatch(**{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
 
     def pin_memory(self) -> "SequenceBatch":
         """The same batch in page-locked memory."""
@@ -63,7 +65,8 @@ class SequenceDataset(Dataset[SequenceBatch]):
 
     Training rows follow C14: one sequence a user, on which every position is learned. A user with more than
     ``max_history + 1`` training items is either cut to the newest ones (``windows="last"``) or split from the newest
-    backwards into sequences that overlap by one item, so that each item is an answer exactly once (``windows="all"``).
+    backwards into sequences that overlap by one item (``windows="all"``): each training item of a user but his first is
+    then an answer exactly once, and each but his last stands in exactly one history.
 
     Args:
         interactions: all interactions.
@@ -142,21 +145,26 @@ def _windows_backwards(user: IntArray, first: IntArray, stop: IntArray, width: i
 class BucketSampler(Sampler[list[int]]):
     """Batches of rows of like length, so that little of a batch is padding.
 
-    The order is a pure function of ``(seed, epoch)``: rows are shuffled, sorted by length within pools of `pool_batches`
-    batches (a stable sort, so equal lengths stay shuffled), cut into batches, and the batches are shuffled. Without
-    `shuffle`, rows are sorted by length once, longest first.
+    The order is a pure function of ``(seed, epoch)``: rows are shuffled, sorted by length within pools of
+    `pool_batches` batches (a stable sort, so equal lengths stay shuffled), cut into batches, and the batches are
+    shuffled. Without `shuffle`, rows are sorted by length once, longest first.
 
-    Ranks share out whole rows of each global batch, ``rank::world_size``, and no row is dropped or repeated. In training
-    the last global batch goes short; were it too short for every rank to have a row, it is joined to the one before.
+    Ranks share out whole rows of each global batch, ``rank::world_size``, and no row is dropped or repeated. The last
+    global batch goes short; were it too short for every rank to have a row, it is joined to the one before, whose ranks
+    then have one row more than `batch_size` at most. So all ranks have the same number of batches and none is empty:
+    a rank that stopped early, or had nothing to do, would leave the others waiting for it.
 
     Args:
-        lengths: (rows,) the length of each row.
+        lengths: (rows,) the length of each row, as many as there are ranks at least.
         batch_size: rows of a batch on one rank.
         shuffle: training order; evaluation leaves it off.
-        seed: of the shuffle.
+        seed: of the shuffle, 0 or more.
         pool_batches: batches sorted together; more means less padding and less randomness.
         rank: this process.
         world_size: number of processes.
+
+    Raises:
+        InputError: there are fewer rows than processes.
     """
 
     def __init__(
@@ -171,6 +179,12 @@ class BucketSampler(Sampler[list[int]]):
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be in 0..{world_size - 1}")
+        if len(lengths) < world_size:
+            raise InputError(
+                f"{len(lengths)} rows cannot be shared out among {world_size} processes; use fewer --trainer.devices"
+            )
         self.lengths, self.batch_size, self.shuffle, self.seed = lengths, batch_size, shuffle, seed
         self.pool_batches, self.rank, self.world_size = pool_batches, rank, world_size
         self.epoch = 0

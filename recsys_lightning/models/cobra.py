@@ -5,6 +5,7 @@ Axis letters: B rows, T items of a sequence, L code levels, K codes a level, D w
 U candidates, M beams. An item is S = L + 1 tokens: its L codes, coarse to fine, then its dense vector.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class CobraObjective:
         temperature: of the cosines in L_dense; the paper prints none, and 1.0 is its literal reading (C4).
         negatives: ``batch`` contrasts with the unique items of the batch, histories and answers alike; ``catalogue`` with
             all items (C6).
+        extra_negatives: items drawn uniformly from the catalogue for every batch and added to its own, so that rarely met
+            items are contrasted with too (C6). Literal: 0.
         mask_same_sequence: other items of a user's own sequence are no negatives for it (C6). Literal: off.
         log_q: correct for popular items being negatives more often, with ``negatives: batch`` (C7). Literal: off.
         detach_targets: no gradient into the item encoder through the answers' vectors (C5). Literal: off.
@@ -68,6 +71,7 @@ class CobraObjective:
 
     temperature: float = 0.0625
     negatives: Literal["batch", "catalogue"] = "batch"
+    extra_negatives: int = 0
     mask_same_sequence: bool = False
     log_q: bool = False
     detach_targets: bool = False
@@ -77,8 +81,12 @@ class CobraObjective:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise InputError(f"objective.temperature={self.temperature} must be above 0; the paper's literal reading is 1.0")
-        if self.log_q and self.negatives == "catalogue":
-            raise InputError("objective.log_q corrects for sampled negatives; with negatives: catalogue leave it false")
+        if self.extra_negatives < 0:
+            raise InputError(f"objective.extra_negatives={self.extra_negatives} must be 0 or more")
+        if self.negatives == "catalogue" and (self.log_q or self.extra_negatives):
+            raise InputError(
+                "objective.log_q and objective.extra_negatives are for negatives: batch; the catalogue is already complete"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,12 @@ class CobraSearch:
     tau: float = 1.0
     psi: float = 16.0
     fusion: Literal["global", "per_id"] = "global"
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise InputError(f"search.num_beams={self.num_beams} must be at least 1")
+        if self.per_cell < 0:
+            raise InputError(f"search.per_cell={self.per_cell} must be 0 (keep all) or more")
 
 
 class COBRA(Recommender):
@@ -144,20 +158,21 @@ class COBRA(Recommender):
 
         self.item_encoder = item_encoder(catalog, dim)
         self.code = nn.Embedding(self.num_levels * self.num_codes, dim)
-        self.type = nn.Embedding(self.stride, dim)  # one type a level, then the dense type (C1)
+        self.token_type = nn.Embedding(self.stride, dim)  # one type a level, then the dense type (C1)
         self.position = nn.Embedding(int(decoder.bos) + decoder.max_items * self.stride, dim)
         self.bos = nn.Parameter(torch.empty(1, dim).normal_(std=0.02)) if decoder.bos else None
-        for table in (self.code, self.type, self.position):
-            nn.init.normal_(table.weight, std=0.02)
-        # Item vectors leave their encoder's layer norm with unit variance, a hundred times the scale of the tables above;
-        # a learned gain starts them at the same scale, so that neither half of the sequence drowns the other.
-        self.dense_gain = nn.Parameter(torch.full((dim,), 0.02))
+        # Item vectors leave their encoder's layer norm with unit variance. Codes start at the same scale, so that neither
+        # half of an item drowns the other; types and positions are hints beside them.
+        nn.init.normal_(self.code.weight, std=1.0)
+        for table in (self.token_type, self.position):
+            nn.init.normal_(table.weight, std=0.1)
         self.dropout = nn.Dropout(decoder.dropout)
         self.decoder = Transformer(
             dim, decoder.num_layers, decoder.num_heads, decoder.feedforward or 4 * dim, decoder.dropout, "causal"
         )
         self.heads = nn.ModuleList(nn.Linear(dim, self.num_codes) for _ in range(self.num_levels))
         self.dense_head = nn.Linear(dim, dim) if decoder.dense_head == "linear" else nn.Identity()
+        self.register_load_state_dict_pre_hook(_refuse_other_codes)
 
     # ---------------------------------------------------------------------------------------------- training
 
@@ -191,8 +206,10 @@ class COBRA(Recommender):
         index = torch.zeros_like(sequence).masked_scatter(present, own)[:, first:][learned]  # (P,)
         log_q = excluded = None
         if self.objective.log_q:
-            # The chance that an item with popularity p is among n drawn items: 1 - (1 - p)^n.
+            # The chance that an item with popularity p is among n items of sequences and m drawn from the catalogue's I:
+            # 1 - (1 - p)^n (1 - 1/I)^m.
             stays_out = torch.log1p(-self.log_popularity[candidates].exp()) * len(own)
+            stays_out = stays_out + math.log1p(-1 / self.num_items) * self.objective.extra_negatives
             log_q = (-torch.expm1(stays_out)).log().to(vectors.dtype)  # (U,)
         if self.objective.mask_same_sequence:
             row_has = torch.zeros(len(sequence), len(candidates), dtype=torch.bool, device=sequence.device)
@@ -209,8 +226,9 @@ class COBRA(Recommender):
         """Ids of the items that are encoded and contrasted (U,), and where each of `items` is among them."""
         if self.objective.negatives == "catalogue":
             return torch.arange(1, self.num_items + 1, device=items.device), items - 1
-        unique, inverse = items.unique(return_inverse=True)
-        return unique, inverse
+        drawn = torch.randint(1, self.num_items + 1, (self.objective.extra_negatives,), device=items.device)
+        unique, inverse = torch.cat([items, drawn]).unique(return_inverse=True)
+        return unique, inverse[: len(items)]
 
     def _embed(self, sequence: Tensor, dense: Tensor) -> Tensor:
         """Tokens of items (B, T) with dense vectors (B, T, D): ``[e^1 .. e^L, v]`` an item, (B, bos + T S, D)."""
@@ -221,7 +239,7 @@ class COBRA(Recommender):
             )
         offset = torch.arange(self.num_levels, device=sequence.device) * self.num_codes
         codes = self.code(self.codes[sequence] + offset)  # (B, T, L, D)
-        tokens = torch.cat([codes, (dense * self.dense_gain)[:, :, None]], 2) + self.type.weight  # (B, T, S, D)
+        tokens = torch.cat([codes, dense[:, :, None]], 2) + self.token_type.weight  # (B, T, S, D)
         tokens = tokens.flatten(1, 2)
         if self.bos is not None:
             tokens = torch.cat([self.bos.expand(len(tokens), 1, -1), tokens], 1)
@@ -258,7 +276,7 @@ class COBRA(Recommender):
 
         def advance(level: int, parents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal own
-            token = self.code(codes + level * self.num_codes) + self.type.weight[level]
+            token = self.code(codes + level * self.num_codes) + self.token_type.weight[level]
             token = token + self.position(stop + level)[:, None]  # (B, M, D)
             if own is not None:
                 own = [KeyValues(*(part[rows[:, None], :, parents].transpose(1, 2) for part in kv)) for kv in own]
@@ -274,3 +292,13 @@ class COBRA(Recommender):
         search = self.search
         beams = self.generate(batch, item_vectors, search.num_beams)
         return beam_fusion(beams, self.trie, item_vectors, k, search.tau, search.psi, search.per_cell, search.fusion)
+
+
+def _refuse_other_codes(model: COBRA, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """A decoder trained on some semantic IDs is worthless on others, even of the same shape."""
+    codes = state.get(f"{prefix}codes")
+    if codes is not None and not torch.equal(codes.cpu(), model.codes.cpu()):
+        raise InputError(
+            "this checkpoint was trained with other semantic IDs than the model was given; name the file it was trained with "
+            "in semantic_ids, or train again"
+        )

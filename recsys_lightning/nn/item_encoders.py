@@ -119,8 +119,8 @@ class TextItemEncoder(ItemEncoder):
         else:
             nn.init.normal_(self.token.weight[1:], std=0.02)
         self.position = nn.Embedding(max_tokens, dim)
-        self.type = nn.Embedding(len(present) + 1, dim)  # 0 is the type of [CLS]
-        for table in (self.position, self.type):
+        self.token_type = nn.Embedding(len(present) + 1, dim)  # 0 is the type of [CLS]
+        for table in (self.position, self.token_type):
             nn.init.normal_(table.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.transformer = Transformer(dim, num_layers, num_heads, feedforward or 4 * dim, dropout, "bidirectional")
@@ -131,7 +131,7 @@ class TextItemEncoder(ItemEncoder):
         mask = tokens != 0
         width = int(mask.sum(1).max()) if len(tokens) else 1  # short texts need not pay for the longest one
         tokens, types, mask = tokens[:, :width], types[:, :width], mask[:, :width]
-        x = self.widen(self.token(tokens)) + self.position.weight[:width] + self.type(types)  # (U, W, D)
+        x = self.widen(self.token(tokens)) + self.position.weight[:width] + self.token_type(types)  # (U, W, D)
         hidden, _ = self.transformer(self.dropout(x), mask)
         vectors: Tensor = hidden[:, 0]  # (U, D) at [CLS]
         return vectors

@@ -1,7 +1,6 @@
 """The table of semantic IDs: which tuple of codes each item has, and from which embeddings it came."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,6 +11,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from recsys_lightning.errors import InputError
+from recsys_lightning.files import replacing
 from recsys_lightning.semantic_ids.usage import code_usage
 
 
@@ -105,21 +105,8 @@ class SemanticIds:
             "codes_sha256": _sha256(codes),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the target's own folder: a rename is atomic within one file system only.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(to_safetensors({"codes": codes}, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself must outlive a power cut
-        finally:
-            os.close(folder)
+        with replacing(path) as file:
+            file.write(to_safetensors({"codes": codes}, metadata))
 
     @classmethod
     def load(cls, path: str | Path, embeddings_fingerprint: str | None = None, num_items: int | None = None) -> Self:

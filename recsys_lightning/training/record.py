@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 import recsys_lightning
 from recsys_lightning.data.datamodules import CatalogDataModule
+from recsys_lightning.files import replacing
 from recsys_lightning.training.recommender import RecommenderModule
 
 
@@ -95,9 +96,8 @@ class RunRecord(SaveConfigCallback):
         results |= {name: trained.get(name) for name in ("epochs", "steps", "parameters")}
         if command == "fit":
             results["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(json.dumps(results, indent=1).encode())
 
 
 class PredictionWriter(BasePredictionWriter):

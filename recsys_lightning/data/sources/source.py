@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from recsys_lightning.data.rejects import RejectLog
+from recsys_lightning.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,11 @@ class Source(ABC):
         Raises:
             InputError: the source has no public address; the message says which files it expects and where.
         """
-        from recsys_lightning.errors import InputError
-
         missing = [str(path) for path in self.files(raw_dir) if not path.is_file()]
         if missing:
             raise InputError(
-                f"{self.name}: missing {', '.join(missing)}; put the files there or name their folder with --data.raw_dir"
+                f"{self.name}: missing {', '.join(missing)}; "
+                "put the files there or name their folder with --data.raw_dir"
             )
 
     @abstractmethod

@@ -1,0 +1,105 @@
+"""Results of several runs side by side, as rows, on a terminal and as Markdown."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from recsys_lightning.errors import InputError
+
+DEFAULT_METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+
+
+def load_results(run: str | Path) -> dict[str, Any]:
+    """The ``results.json`` of a run folder, or that file itself.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    path = Path(run)
+    path = path / "results.json" if path.is_dir() or path.suffix != ".json" else path
+    if not path.is_file():
+        raise InputError(f"no {path}: a run folder has one after `recsys fit`, with test metrics after `recsys test`")
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(results, dict) or "metrics" not in results:
+        raise InputError(f"{path} holds no metrics: it was not written by `recsys fit` or `recsys test`")
+    return results
+
+
+def rows(runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> list[list[str]]:
+    """One row a run: its name, its model, then each metric unfiltered and without seen items; `-` where it has none.
+
+    Raises:
+        InputError: no run has any of the metrics in that stage; the message names what there is.
+    """
+    columns = [f"{column}/{metric}" for column in (stage, f"{stage}-unseen") for metric in metrics]
+    if not any(column in run["metrics"] for run in runs for column in columns):
+        known = sorted({name for run in runs for name in run["metrics"]})
+        raise InputError(f"none of {columns} in these runs, which have {known}; run `recsys test`, or choose --stage val")
+    values = [[run["metrics"].get(column) for column in columns] for run in runs]
+    shown = [["-" if value is None else f"{value:.4f}" for value in row] for row in values]
+    return [[run["run"], run["model"], *row] for run, row in zip(runs, shown, strict=True)]
+
+
+def header(stage: str, metrics: Sequence[str]) -> list[str]:
+    """Titles of the columns of `rows`."""
+    return ["run", "model", *(f"{stage} {m}" for m in metrics), *(f"{stage} {m}, unseen" for m in metrics)]
+
+
+def terminal_table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    """A table for a terminal."""
+    table = Table(title=title)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index < 2 else "right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown_report(title: str, runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> str:
+    """The comparison with everything needed to judge and repeat it: settings, seed, data, code, hardware, time."""
+    parts = [
+        f"# {title}",
+        "Unfiltered columns rank the whole catalogue; *unseen* ones first strike the items a user has already met.",
+        markdown_table(header(stage, metrics), rows(runs, stage, metrics)),
+        "## How it was measured",
+        markdown_table(
+            ["run", "seed", "epochs", "steps", "parameters", "seconds", "hardware", "data", "text encoder", "code"],
+            [_provenance(run) for run in runs],
+        ),
+    ]
+    for run in runs:
+        settings = yaml.safe_dump(run["config"], sort_keys=False, width=110)
+        parts += [f"<details><summary>settings of {run['run']}</summary>", f"```yaml\n{settings}```", "</details>"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _provenance(run: dict[str, Any]) -> list[str]:
+    data, hardware, code = run["data"], run["hardware"], run["code"]
+    machine = hardware["gpu"] or f"{hardware['cpu_cores']} CPU cores ({hardware['cpu']})"
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in run["seconds_by_command"].items())
+    values = [
+        run["run"],
+        run["seed"],
+        run.get("epochs"),
+        run.get("steps"),
+        run.get("parameters"),
+        seconds,
+        f"{hardware['devices']} x {machine}, torch {hardware['torch']}",
+        f"{data['source']} {data['fingerprint'][:12]}",
+        (data["text_encoder"] or "none")[:80],
+        f"{code['version']} {code['commit'] or ''} {code['sha256'][:12]}",
+    ]
+    return ["-" if value is None else str(value) for value in values]
