@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(tmp_path,
     real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor):
-        steps.append(("folder" if Path(f"/proc/self/fd/{descriptor}").resolve() == tmp_path.resolve() else "bytes"))
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "bytes")
         real_fsync(descriptor)
 
     def replace(self, target):

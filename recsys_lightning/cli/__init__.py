@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from recsys_lightning import __version__
@@ -55,10 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def nearest(word: str, known: Sequence[str] | dict[str, object] | dict[str, tuple[str, str]]) -> str:
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The most similar known word, or None if none is similar."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the most similar known word, or nothing if none is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    match = closest(word, known)
+    return f"; did you mean {match!r}?" if match else ""
 
 
 def fail(message: str) -> NoReturn:

@@ -9,18 +9,17 @@ import dataclasses
 import importlib
 import inspect
 import re
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from ast import literal_eval
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from recsys_lightning.cli import nearest
+from recsys_lightning.cli import closest, nearest
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
 
@@ -157,86 +156,95 @@ def _short(written: str) -> str:
 # ------------------------------------------------------------------------------------------- what could be written
 
 
-def classes_of(hint: Any) -> list[type]:
-    """The classes that a type hint asks for: of unions and lists all, of callables what they return."""
-    if isinstance(hint, type) and get_origin(hint) is None:
-        return [hint]
-    if get_origin(hint) is Callable:
-        return classes_of(get_args(hint)[-1])
-    if get_origin(hint) in (typing.Union, types.UnionType, list, typing.Annotated):
-        return [found for part in get_args(hint) for found in classes_of(part)]
-    returned = getattr(hint, "__call__", None)  # noqa: B004 - a Protocol class such as OptimizerCallable
-    return classes_of(typing.get_type_hints(returned).get("return")) if inspect.isfunction(returned) else []
+class _Schema:
+    """Which class each dotted key builds, given what the user wrote; as far as signatures tell."""
+
+    def __init__(self, settings: Sequence[Setting], parser: argparse.ArgumentParser):
+        self.settings = settings
+        self.command = (getattr(parser, "args", None) or [""])[0]
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and self.command in action.choices:
+                parser = action.choices[self.command]
+        options = {action.dest.split(".")[0] for action in parser._actions if action.option_strings}
+        self.roots = sorted(options - {"help", "print_config", argparse.SUPPRESS})
+
+    def bases(self, key: str, before: int | None = None) -> list[type]:
+        """The classes of which one must be built under a key."""
+        parent, _, name = key.rpartition(".")
+        if not parent:
+            return [ROOTS[name]] if name in ROOTS else []
+        return _classes_of(_hints(self.owner(parent, before)).get(name))
+
+    def owner(self, key: str, before: int | None = None) -> type | None:
+        """The class that is built under a key, by the settings before one of them."""
+        bases = self.bases(key, before)
+        if not key or (key in ROOTS and key not in _SUBCLASS_ROOTS):
+            return ROOTS.get(key)
+        for setting in [*reversed(self.settings[:before]), *reversed(self.settings)]:
+            found = _import_class(setting.value, bases) if setting.key == key and setting.value else None
+            if found:
+                return found
+        parent, _, name = key.rpartition(".")
+        owner = self.owner(parent, before) if parent else None
+        default = inspect.signature(owner).parameters.get(name) if owner else None
+        if default is not None and isinstance(default.default, type) and default.default is not default.empty:
+            return default.default
+        return next((base for base in bases if dataclasses.is_dataclass(base)), None)
+
+    def keys(self, key: str, before: int | None = None) -> list[str]:
+        """The keys that may stand under a key; those at the top if it is empty."""
+        if not key:
+            return self.roots
+        owner = self.owner(key, before)
+        parent, _, name = key.rpartition(".")
+        hint = _hints(self.owner(parent, before)).get(name) if parent else None
+        # What a callable type is called with, e.g. the catalogue, is not the user's to give.
+        given = get_args(hint)[0] if get_origin(hint) is Callable else []
+        return _keys_of(owner)[len(given) if isinstance(given, list) else 0 :] if owner else []
+
+    def find(self, key: str, value: str | None = None) -> tuple[int | None, str, str]:
+        """Position, key as written and place of the last setting of a key, or of one below it."""
+        matches = [n for n, setting in enumerate(self.settings) if f"{setting.key}.".startswith(f"{key}.")]
+        exact = [n for n in matches if self.settings[n].key == key]
+        same = [n for n in exact if self.settings[n].value == value]
+        for candidates in (same, exact, matches):
+            if candidates:
+                setting = self.settings[candidates[-1]]
+                return candidates[-1], _cut(setting.written, key.count(".") + 1), setting.where
+        return None, key, ""
 
 
 def known_classes(bases: Sequence[type]) -> dict[str, type]:
-    """The imported classes below `bases` that can be built, by short name."""
+    """The imported classes at or below `bases` that can be built, by short name."""
     found: dict[str, type] = {}
-    queue = [base for base in bases if base is not type(None)]
-    while queue:
-        base = queue.pop(0)
+    queue = [base for base in bases if base.__module__ != "builtins"]
+    for base in queue:  # grows on the way
         queue += [sub for sub in type.__subclasses__(base) if sub not in queue]
         if not inspect.isabstract(base) and not base.__name__.startswith("_"):
             found.setdefault(base.__name__, base)
     return found
 
 
-class _Schema:
-    """Which class each dotted key builds, given what the user wrote."""
-
-    def __init__(self, settings: Sequence[Setting], parser: argparse.ArgumentParser):
-        self.settings = settings
-        # The options of the one subcommand that was given.
-        arguments = getattr(parser, "args", None) or [""]
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction) and arguments[0] in action.choices:
-                parser = action.choices[arguments[0]]
-        self.command = arguments[0]
-        options = {action.dest for action in parser._actions if action.option_strings} - {"help", argparse.SUPPRESS}
-        self.roots = sorted({option.split(".")[0] for option in options} | set(ROOTS))
-
-    def bases(self, key: str) -> list[type]:
-        """Classes one of which must be built under a key."""
-        if "." not in key:
-            return [ROOTS[key]] if key in ROOTS else []
-        parent, name = key.rsplit(".", 1)
-        owner = self.owner(parent)
-        return classes_of(_hints(owner).get(name)) if owner else []
-
-    def owner(self, key: str) -> type | None:
-        """The class that is built under a key."""
-        bases = self.bases(key)
-        for setting in reversed(self.settings):
-            found = import_class(setting.value, bases) if setting.key == key and setting.value else None
-            if found:
-                return found
-        if key in ROOTS and key not in _SUBCLASS_ROOTS:
-            return ROOTS[key]
-        if "." in key:
-            parent, name = key.rsplit(".", 1)
-            owner = self.owner(parent)
-            default = inspect.signature(owner).parameters.get(name) if owner else None
-            if default is not None and isinstance(default.default, type):
-                return None if default.default is inspect.Parameter.empty else default.default
-        data = [base for base in bases if dataclasses.is_dataclass(base)]
-        return data[0] if data else None
-
-    def keys(self, key: str) -> list[str]:
-        """The keys that may stand under a key; at the top if it is empty."""
-        if not key:
-            return self.roots
-        owner = self.owner(key)
-        if owner is None:
-            return []
-        skipped = _num_given(_hints(self.owner(key.rpartition(".")[0]), "").get(key.rpartition(".")[2]))
-        return keys_of(owner)[skipped:]
+def _classes_of(hint: Any) -> list[type]:
+    """The classes that a type hint asks for: those of unions and lists, and of callables what they return."""
+    if get_origin(hint) is Callable:
+        return _classes_of(get_args(hint)[-1])
+    if get_origin(hint) is not None:
+        return [found for part in get_args(hint) for found in _classes_of(part)]
+    return [hint] if isinstance(hint, type) and hint is not type(None) else []
 
 
-def import_class(name: str, bases: Sequence[type]) -> type | None:
-    """The class of a short name below `bases`, or of a dotted path; None if there is none."""
-    if "." not in name:
-        return known_classes(bases).get(name)
+def _hints(owner: type | None) -> dict[str, Any]:
+    try:
+        return get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__) if owner else {}  # type: ignore[misc]
+    except (NameError, TypeError):  # a hint that only type checkers can resolve
+        return {}
+
+
+def _import_class(name: str, bases: Sequence[type]) -> type | None:
     module, _, attribute = name.rpartition(".")
+    if not module:
+        return known_classes(bases).get(name)
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, ValueError, TypeError):
@@ -244,31 +252,174 @@ def import_class(name: str, bases: Sequence[type]) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def keys_of(owner: type) -> list[str]:
-    """Names of a constructor's arguments, those that it hands on as ``**kwargs`` included."""
-    parameters = inspect.signature(owner).parameters.values()
-    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def _keys_of(owner: type) -> list[str]:
+    """Names of a constructor's arguments, with those that it hands on as ``**kwargs``."""
+    parameters = list(inspect.signature(owner).parameters.values())
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         added = ArgumentParser(exit_on_error=False).add_class_arguments(owner, fail_untyped=False)
-        own += [name.split(".")[0] for name in added]
-    return list(dict.fromkeys(own))
-
-
-def _hints(owner: type | None, *_: str) -> dict[str, Any]:
-    if owner is None:
-        return {}
-    try:
-        return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)
-    except (NameError, TypeError):  # a hint that exists only for type checkers
-        return {}
-
-
-def _num_given(hint: Any) -> int:
-    """How many arguments the framework itself gives to what a callable type builds, e.g. the catalogue."""
-    if get_origin(hint) is not Callable:
-        return 1 if inspect.isfunction(getattr(hint, "__call__", None)) and not isinstance(hint, type) else 0  # noqa: B004
-    given = get_args(hint)[0]
-    return len(given) if isinstance(given, list) else 0
+        names += [name.split(".")[0] for name in added]
+    return list(dict.fromkeys(names))
 
 
 # --------------------------------------------------------------------------------------------------- the message
+
+
+def one_line(message: str, parser: argparse.ArgumentParser) -> str:
+    """What jsonargparse's message says, on one line; `parser` has parsed the command line that it is about."""
+    schema = _Schema(read_settings(getattr(parser, "args", None) or []), parser)
+    chain, text = _innermost(message)
+    for explain in (_unknown_key, _missing, _wrong_value, _unknown_class):
+        line = explain(schema, chain, text)
+        if line:
+            return line
+    _, written, where = schema.find(chain)
+    lines = [line.strip(" -") for line in text.splitlines() if not re.match(r"\s*(Given value|Subtypes)", line)]
+    text = " ".join(lines)
+    return (f"{written}{where}: " if chain else "") + (text if len(text) < 300 else text[:300] + " ...")
+
+
+def _innermost(message: str) -> tuple[str, str]:
+    """The dotted key at fault and what is said of it; outer keys enclose inner ones by their indentation."""
+    chain: list[str] = []
+    column, lines = -1, []
+    for line in message.splitlines():
+        named = re.match(r'(\s*(?:- )?)Parser key "([^"]+)":(.*)', line)
+        if named and len(named[1]) > column:
+            chain.append(named[2])
+            column, lines = len(named[1]), [named[3]]
+        elif line.strip() and len(line) - len(line.lstrip()) <= column:
+            if len(chain) > 1:  # the inner message is over, the rest repeats the outer value
+                break
+        else:
+            lines.append(line)
+    return _short(".".join(chain)), "\n".join(lines).strip()
+
+
+def _unknown_key(schema: _Schema, chain: str, text: str) -> str | None:
+    unrecognized = re.match(r"unrecognized arguments: (\S+)", text)
+    refused = re.search(r"(?:Group '([^']+)' does not accept option|Subcommand '[^']+' does not accept option|Option) '([^']+)'", text)
+    if unrecognized:
+        word = unrecognized[1]
+        if not word.startswith("--"):
+            file = f"; a configuration file is given as -c {word}" if Path(word).suffix in (".yaml", ".yml", ".json") else ""
+            return f"{word!r} is neither an option nor the value of one{file}"
+        leaf = word.removeprefix("--").partition("=")[0].removesuffix("+")
+    elif refused:
+        leaf = f"{refused[1]}.{refused[2]}" if refused[1] else refused[2]
+    else:
+        return None
+    parts = _short(f"{chain}.{leaf}".removeprefix(".")).split(".")
+    before, _, _ = schema.find(".".join(parts))
+    wrong = len(parts) - 1
+    for number, part in enumerate(parts):
+        known = schema.keys(".".join(parts[:number]), before)
+        if known and part not in known:
+            wrong = number
+            break
+    parent = ".".join(parts[:wrong])
+    known = schema.keys(parent, before)
+    _, written, where = schema.find(".".join(parts[: wrong + 1]))
+    owner = schema.owner(parent, before) if parent else None
+    of = f" of {owner.__name__}" if owner else ""
+    near = closest(parts[wrong], known)
+    return f"no key {written!r}{of}{where}" + (
+        f"; did you mean {'.'.join([*written.split('.')[:-1], near])!r}?" if near else _listing("its keys are", known)
+    )
+
+
+def _missing(schema: _Schema, chain: str, text: str) -> str | None:
+    found = re.match(r"the following arguments are required: (.+)", text)
+    if not found:
+        return None
+    names = [name.strip().removeprefix(f"{schema.command}.") for name in found[1].split(",")]
+    if not chain:
+        options = " and ".join(f"--{name}" for name in names)
+        return f"`recsys {schema.command}` needs {' and '.join(names)}: name a file that has them with -c, or give {options}"
+    before, written, where = schema.find(chain)
+    owner = schema.owner(chain, before)
+    keys = " and ".join(repr(f"{written}.init_args.{name}") for name in names)
+    return f"{owner.__name__ if owner else written} needs {' and '.join(names)}{where}: set {keys}"
+
+
+def _wrong_value(schema: _Schema, chain: str, text: str) -> str | None:
+    literals = [value for part in re.findall(r"Expected a typing\.Literal\[(.*?)\]", text) for value in literal_eval(f"[{part}]")]
+    kinds = re.findall(r"Expected an? <class '([\w.]+)'>", text)
+    if not literals and not set(kinds) & {"int", "float", "str"}:
+        return None
+    given = re.search(r"(?:Got|Given) value: (.*)", text)
+    value = given[1] if given else ""
+    _, written, where = schema.find(chain, value)
+    # A few types besides: e.g. a learning rate may also be a tensor, which nobody writes in a file.
+    wanted = [repr(value) for value in literals] + [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
+    near = closest(value, [str(value) for value in literals])
+    hint = f"; did you mean {near!r}?" if near else ""
+    return f"{value!r} is no value for {written}{where}: it must be {' or '.join(dict.fromkeys(wanted))}{hint}"
+
+
+def _unknown_class(schema: _Schema, chain: str, text: str) -> str | None:
+    for pattern in (
+        r"Expected a dot import path string: (\S+)",
+        r"Problem with given class_path '([^']+)'",
+        r"expects a function or a callable class: .* Got value: (\S+)",
+        r"Not a valid subclass of .*Got value: (\S+)",
+    ):
+        found = re.search(pattern, text)
+        if found:
+            break
+    else:
+        return None
+    name = found[1]
+    option = re.match(r"--([\w.]+)\.help:", text)
+    chain = _short(option[1]) if option else chain
+    before, written, where = schema.find(chain, name)
+    bases = [base for base in schema.bases(chain, before) if base.__module__ != "builtins"]
+    known = known_classes(bases)
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        return f"no file {name!r} for {written}{where}; a path counts from the folder of the file that names it"
+    near = closest(name.rpartition(".")[2], list(known))
+    kind = f" (a {bases[0].__name__})" if bases else ""
+    ours = [known_name for known_name, known_class in known.items() if known_class.__module__.startswith("recsys_lightning")]
+    hint = f"; did you mean {near!r}?" if near and near != name else _listing("there are", ours or list(known))
+    return f"no class {name!r} for {written}{kind}{where}{hint}"
+
+
+def _listing(what: str, names: Sequence[str]) -> str:
+    return f"; {what} {', '.join(names)}" if 0 < len(names) <= _MAX_LISTED else ""
+
+
+def _cut(written: str, count: int) -> str:
+    """The first keys of a written key, `count` of them not counting ``init_args``."""
+    kept: list[str] = []
+    for part in written.split("."):
+        if count == 0:
+            break
+        kept.append(part)
+        count -= bool(_short(part))
+    return ".".join(kept)
+
+
+def unresolved(message: str, arguments: Sequence[str]) -> str:
+    """One line for a ``${...}`` that OmegaConf cannot resolve."""
+    settings = [setting for setting in read_settings(arguments) if "${" in setting.value]
+    place = re.search(r"full_key: \w+\.(\S+)", message)
+    missing = re.search(r"Interpolation key '\.*([^']*)' not found", message)
+    reason = message.splitlines()[0]
+    for setting in sorted(settings, key=lambda s: place is None or s.key != _short(place[1])):
+        if missing is None or missing[1] in setting.value:
+            what = f"no key {missing[1]!r}" if missing else reason
+            near = closest(missing[1], [s.written for s in read_settings(arguments)]) if missing else None
+            hint = f"; did you mean {near!r}?" if near else ""
+            return f"cannot resolve {setting.value!r} of {setting.written}{setting.where}: {what}{hint}"
+    return f"cannot resolve a ${{...}} of the configuration: {reason}"
+
+
+def not_built(built: type, error: Exception, given: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    """One line for an exception from the constructor of a class that a configuration names."""
+    named = [s for s in read_settings(arguments) if s.value.rpartition(".")[2] == built.__name__]
+    key = f"{named[-1].written.removesuffix('.class_path')}{named[-1].where}: " if named else ""
+    nulls = [n for n, value in given.items() if value is None and type(None) not in get_args(_hints(built).get(n))]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, TypeError) and nulls:
+        return f"{key}{built.__name__} got null for {' and '.join(nulls)}; give a value or leave the key out"
+    return f"{key}{built.__name__} refused its settings: {lines[0]}"

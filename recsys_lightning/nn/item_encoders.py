@@ -3,7 +3,6 @@
 Axis letters: U items asked for, I items of the catalogue, D width, W tokens of a text.
 """
 
-import json
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -69,7 +68,7 @@ class TextItemEncoder(ItemEncoder):
         num_heads: attention heads.
         feedforward: width of the feed-forward layer; None is 4 D.
         dropout: inside the transformer and on its input.
-        vocabulary: ``catalogue`` trains a WordPiece vocabulary on the catalogue's texts; any other value is the name or
+        vocabulary: ``catalogue`` trains a byte-pair vocabulary on the catalogue's texts; any other value is the name or
             folder of a pretrained model, whose tokenizer is used.
         vocabulary_size: of the vocabulary trained on the catalogue.
         pretrained_tokens: start from the input embeddings of that pretrained model, through a linear layer if its width
@@ -165,21 +164,19 @@ class TextItemEncoder(ItemEncoder):
 
 
 def _train_vocabulary(columns: list[list[str]], size: int) -> Any:
-    """A WordPiece vocabulary of the catalogue's words (tokenizers library)."""
+    """A byte-pair vocabulary of the catalogue's words (tokenizers library), the same in every process."""
     try:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     except ImportError as error:
         raise InputError('TextItemEncoder needs the text extra: pip install "recsys_lightning[text]"') from error
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - a token of text, not a secret
+    # Not WordPiece: its trainer numbers word-internal pieces in the order of a hash map, so that ties between merges fall
+    # differently in each process, and with them the vocabulary. Plain byte pairs start from a sorted alphabet.
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))  # noqa: S106 - a token of text, not a secret
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["[UNK]"], show_progress=False)
     tokenizer.train_from_iterator((text for column in columns for text in column), trainer)
-    # Ties in the trainer fall as its threads run; sorting makes ids the same in every process that sees the same words.
-    state = json.loads(tokenizer.to_str())
-    words = sorted(state["model"]["vocab"], key=lambda word: (word != "[UNK]", word))
-    state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
-    return Tokenizer.from_str(json.dumps(state))
+    return tokenizer
 
 
 def _pretrained(name: str, loader: str) -> Any:

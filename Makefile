@@ -1,0 +1,56 @@
+# Every target that needs Python makes the virtual environment first, if it is not there.
+#
+# Variables, all optional:
+#   DEVICE=gpu          install the CUDA build of torch and FAISS on GPU (default: cpu, or gpu where nvidia-smi answers)
+#   PYTHON=python3.12   the interpreter the environment is made with
+#   VENV=.venv          where the environment lies
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(DEVICE)
+
+# Torch first and by this name alone: pip then finds the CPU build, and everything after it is content with it.
+PIP_gpu := install
+PIP_cpu := install --constraint docker/constraints-cpu.txt
+TORCH_cpu := torch==2.13.0
+TORCH_gpu := torch
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make the virtual environment and install everything in it
+
+$(STAMP): pyproject.toml docker/constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip $(PIP_$(DEVICE)) --quiet $(TORCH_$(DEVICE))
+	$(BIN)/python -m pip $(PIP_$(DEVICE)) --quiet --editable '.[$(DEVICE),dev]'
+	rm -f $(VENV)/installed-*
+	touch $@
+
+demo: $(STAMP) ## everything on a synthetic catalogue with a known answer, then one table (under 4 minutes)
+	$(BIN)/recsys demo
+
+test: $(STAMP) ## the tests (under 10 minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+check: $(STAMP) ## what has to hold before a change lands: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(STAMP) ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove runs, caches and the virtual environment (raw files and results stay)
+	rm -rf $(VENV) runs cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

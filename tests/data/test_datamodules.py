@@ -1,0 +1,344 @@
+"""Data modules: what is built when, which batches come out, on one process and on several; Beauty's exact figures."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+
+from recsys_lightning.data.datamodules import CatalogDataModule, ItemDataModule, SequenceDataModule
+from recsys_lightning.data.encoders import TextEncoder, TfidfSVD
+from recsys_lightning.data.sequences import SequenceBatch
+from recsys_lightning.data.sources import Amazon2014, Synthetic
+from recsys_lightning.errors import InputError
+from recsys_lightning.metrics.ranking import count_relevant, hits, ranking_metrics
+from recsys_lightning.models.popularity import Popularity
+
+STAGES = ("train", "val", "test", "predict")
+
+
+class Lengths(TextEncoder):
+    """Writes the length of a text; counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    @property
+    def identity(self) -> str:
+        return "lengths"
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        self.calls += 1
+        return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+
+
+def source(**settings: int) -> Synthetic:
+    return Synthetic(**({"num_users": 90, "items_per_topic": 3, "min_length": 1, "max_length": 12} | settings))
+
+
+def ready(cache: Path, kind: type = SequenceDataModule, **settings) -> SequenceDataModule:
+    """A data module after prepare_data and setup."""
+    settings = {"source": source(), "k_core": 0, "cache_dir": str(cache), "raw_dir": str(cache / "raw")} | settings
+    module = kind(**settings)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def loader_of(module: SequenceDataModule, stage: str):
+    return getattr(module, f"{stage}_dataloader")()
+
+
+def plain(batch: SequenceBatch | Tensor) -> list:
+    """A batch as nested lists, for comparison."""
+    if isinstance(batch, Tensor):
+        return batch.tolist()
+    return [getattr(batch, name).tolist() for name in ("user", "history", "target", "seen")]
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def test_every_stage_gives_every_row_once_in_batches_of_its_size(cache):
+    module = ready(cache, batch_size=16, eval_batch_size=25)
+    lengths = module.data.interactions.lengths
+    expected = {
+        "train": [user for user, n in enumerate(lengths) if n == 2 or n >= 4],  # two items left to train on
+        "val": [user for user, n in enumerate(lengths) if n >= 3],
+        "test": [user for user, n in enumerate(lengths) if n >= 3],
+        "predict": list(range(90)),
+    }
+    for stage in STAGES:
+        batches = list(loader_of(module, stage))
+        size = 16 if stage == "train" else 25
+        assert sorted(user for batch in batches for user in batch.user.tolist()) == expected[stage]
+        assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
+        assert len(loader_of(module, stage)) == len(batches)
+
+
+def test_max_history_and_windows_reach_the_batches(cache):
+    last, split = (ready(cache, max_history=3, windows=windows) for windows in ("last", "all"))
+    for module in (last, split):
+        assert max(batch.history.shape[1] for batch in module.train_dataloader()) == 3
+    assert sum(map(len, split.train_dataloader())) > sum(map(len, last.train_dataloader()))
+
+
+@pytest.mark.parametrize("stage", ["train", "test"])
+def test_worker_processes_give_the_same_batches(cache, stage):
+    batches = [
+        [plain(batch) for batch in loader_of(ready(cache, batch_size=16, num_workers=n, seed=3), stage)] for n in (0, 2)
+    ]
+    assert batches[0] == batches[1]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", [SequenceDataModule, ItemDataModule])
+def test_processes_share_the_rows_of_one_order(cache, monkeypatch, world_size, kind):
+    encoder = TfidfSVD(dim=4)
+    single = ready(cache, kind, encoder=encoder, batch_size=8 * world_size)
+    alone = [plain(batch) for batch in single.train_dataloader()]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world_size)
+    shares = []
+    for rank in range(world_size):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(list(ready(cache, kind, encoder=encoder, batch_size=8).train_dataloader()))
+    assert {len(share) for share in shares} == {len(alone)}
+    for whole, *parts in zip(alone, *shares, strict=True):
+        # Rank r has the rows r, r + world_size, ... of the batch that one process of world_size times the size has.
+        if kind is ItemDataModule:
+            for rank, part in enumerate(parts):
+                assert part.tolist() == whole[rank::world_size]
+        else:
+            for rank, part in enumerate(parts):
+                assert part.user.tolist() == whole[0][rank::world_size]
+
+
+def test_item_batches_hold_every_embedding_once_and_no_padding(cache):
+    module = ready(cache, ItemDataModule, encoder=TfidfSVD(dim=4), batch_size=10)
+    vectors = module.catalog.text_embeddings()
+    assert vectors.shape == (49, 4)
+    for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
+        rows = [tuple(row) for batch in loader for row in batch.tolist()]
+        assert Counter(rows) == Counter(tuple(row) for row in vectors[1:].tolist())
+    in_order = torch.cat(list(module.val_dataloader()))
+    assert torch.equal(in_order, vectors[1:])
+
+
+# --------------------------------------------------------------------------------------------------------- order
+
+
+def order_of(module: SequenceDataModule) -> list[list[int]]:
+    return [batch.user.tolist() for batch in module.train_dataloader()]
+
+
+def test_the_order_follows_the_seed_of_the_run_unless_it_has_its_own(cache, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "11")
+    of_the_run, same, own = (order_of(ready(cache, batch_size=8, seed=seed)) for seed in (None, 11, 12))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "12")
+    of_another_run, still_own = (order_of(ready(cache, batch_size=8, seed=seed)) for seed in (None, 12))
+    assert of_the_run == same
+    assert of_another_run == own == still_own
+    assert own != same
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert order_of(ready(cache, batch_size=8)) == order_of(ready(cache, batch_size=8, seed=0))
+
+
+class Recorder(L.LightningModule):
+    """Notes whom it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.epochs: list[list[list[int]]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.epochs.append([])
+
+    def training_step(self, batch: SequenceBatch, index: int) -> Tensor:
+        self.epochs[-1].append(batch.user.tolist())
+        return self.weight * 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning_trains_each_epoch_in_the_order_of_its_number(cache, tmp_path):
+    recorder, module = Recorder(), ready(cache, batch_size=16, seed=5)
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(recorder, train_dataloaders=module.train_dataloader())
+    expected = []
+    for epoch in range(3):
+        loader = module.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        expected.append([batch.user.tolist() for batch in loader])
+    assert recorder.epochs == expected
+    assert expected[0] != expected[1]
+
+
+# ------------------------------------------------------------------------------------------------------- catalog
+
+
+def test_train_counts_count_training_interactions_only(cache):
+    module = ready(cache)
+    interactions = module.data.interactions
+    counts = Counter()
+    for user in range(interactions.num_users):
+        items = interactions.items[interactions.offsets[user] : interactions.offsets[user + 1]].tolist()
+        counts.update(items[:-2] if len(items) >= 3 else items)
+    assert module.catalog.train_counts.tolist() == [counts[item] for item in range(interactions.num_items + 1)]
+
+
+def test_embeddings_are_made_by_prepare_data_and_opened_by_setup(tmp_path):
+    encoder = Lengths()
+    module = ready(tmp_path, encoder=encoder, template=("{title}",))
+    titles = module.catalog.fields["title"].to_list()
+    expected = [[0, 0], *([len(title), 1] for title in titles)]
+    assert module.catalog.text_embeddings().tolist() == expected
+    assert module.catalog.text_fingerprint == module.catalog.text.fingerprint
+    ready(tmp_path, encoder=encoder, template=("{title}",))
+    assert encoder.calls == 1
+
+
+def test_setup_without_prepare_data_says_what_to_run(tmp_path):
+    encoder = Lengths()
+    module = SequenceDataModule(source(), encoder, k_core=0, cache_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"no item embeddings in .*: run `recsys prepare` on this machine first"):
+        module.setup()
+    assert encoder.calls == 0
+
+
+def test_embeddings_that_nobody_asked_for_are_refused_where_they_are_needed(cache):
+    with pytest.raises(InputError, match=r"name an encoder with --data\.encoder"):
+        ready(cache).catalog.text_embeddings()
+
+
+def test_statistics_are_json_and_add_up(cache):
+    module = ready(cache, encoder=TfidfSVD(dim=4))
+    statistics = json.loads(json.dumps(module.statistics()))
+    assert statistics.keys() == {
+        *("users", "items", "interactions", "density", "length", "text_coverage", "dropped", "rejects"),
+        *("split", "text_encoder", "text_width"),
+    }
+    assert sum(statistics["split"].values()) == statistics["interactions"]
+    assert statistics["split"]["test"] == sum(module.data.interactions.lengths >= 3)
+    assert (statistics["text_encoder"], statistics["text_width"]) == (TfidfSVD(dim=4).identity, 4)
+    assert ready(cache).statistics()["text_encoder"] is None
+
+
+def test_setup_opens_the_data_once(cache):
+    module = ready(cache)
+    catalog = module.catalog
+    module.setup("test")
+    assert module.catalog is catalog
+
+
+@pytest.mark.parametrize("name", ["data", "catalog", "split"])
+def test_data_before_setup_says_what_to_call(name):
+    with pytest.raises(RuntimeError, match=r"prepare_data\(\) and setup\(\)"):
+        getattr(SequenceDataModule(source()), name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "limit"),
+    [
+        *((SequenceDataModule, name, 0, 1) for name in ("max_history", "batch_size", "eval_batch_size")),
+        *((SequenceDataModule, name, -1, 0) for name in ("k_core", "num_workers", "seed")),
+        (ItemDataModule, "batch_size", 0, 1),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(kind, name, value, limit):
+    with pytest.raises(InputError, match=rf"data\.{name}={value} must be (at least )?{limit}"):
+        kind(source(), **{name: value})
+
+
+def test_a_split_that_nobody_is_in_is_refused(tmp_path):
+    module = ready(tmp_path, source=source(max_length=2))
+    with pytest.raises(InputError, match="no user has enough interactions for the test split"):
+        module.test_dataloader()
+    assert len(list(module.predict_dataloader())) == 1
+
+
+def test_short_names_of_sources_and_encoders_are_known_to_the_command_line():
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(CatalogDataModule, "data")
+    arguments = ["--data=SequenceDataModule", "--data.source=Synthetic", "--data.encoder=TfidfSVD"]
+    data = parser.parse_args([*arguments, "--data.encoder.dim=7"]).data
+    assert data.class_path == "recsys_lightning.data.datamodules.SequenceDataModule"
+    assert data.init_args.source.class_path == "recsys_lightning.data.sources.Synthetic"
+    assert data.init_args.encoder.class_path == "recsys_lightning.data.encoders.TfidfSVD"
+    assert data.init_args.encoder.init_args.dim == 7
+
+
+# -------------------------------------------------------------------------------------------------- Amazon Beauty
+
+
+@pytest.fixture(scope="module")
+def beauty(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SequenceDataModule:
+    raw = str(shared_data / "amazon-2014")
+    return ready(tmp_path_factory.mktemp("beauty"), source=Amazon2014(), raw_dir=raw, k_core=5)
+
+
+@pytest.mark.real_data
+def test_beauty_has_its_published_figures(beauty):
+    statistics = beauty.statistics()
+    assert (statistics["users"], statistics["items"], statistics["interactions"]) == (22_363, 12_101, 198_502)
+    assert statistics["split"] == {"train": 153_776, "val": 22_363, "test": 22_363}
+    assert statistics["dropped"] == {"exact duplicates": 0, "outside the k-core": 0}
+    assert beauty.catalog.train_counts.sum() == 153_776
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("stage", "recall"), [("val", 0.0087), ("test", 0.0072)])
+def test_popularity_has_its_known_recall_on_beauty(beauty, stage, recall):
+    model, metrics = Popularity(beauty.catalog), ranking_metrics([5])
+    for batch in loader_of(beauty, stage):
+        items = model.recommend(batch, 5, model.encode_items()).item_ids
+        metrics.update(hits(items, batch.target), count_relevant(batch.target))
+    values = metrics.compute()
+    assert metrics["recall@5"].num_users == 22_363
+    assert round(float(values["recall@5"]), 4) == recall
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("batch_size", [64, 256])
+def test_little_of_a_training_epoch_on_beauty_is_padding(beauty, batch_size):
+    beauty.batch_size = batch_size
+    batches = list(beauty.train_dataloader())
+    items = sum(int(batch.history_mask.sum()) for batch in batches)
+    share = 1 - items / sum(batch.history.numel() for batch in batches)
+    assert sum(map(len, batches)) == 22_363
+    assert share < 0.15
+
+
+@pytest.mark.real_data
+def test_no_held_out_interaction_of_beauty_is_trained_on(beauty):
+    interactions, split = beauty.data.interactions, beauty.split
+    rows = beauty.dataset("train")
+    assert (rows.answer_stop <= split.train_stop[rows.user]).all()
+    assert (rows.start >= interactions.offsets[rows.user]).all()
+    assert (split.test_stop - split.train_stop == 2).all()
+    times, last = interactions.timestamps, split.test_stop - 1
+    assert (times[last - 2] <= times[last - 1]).all()
+    assert (times[last - 1] <= times[last]).all()
