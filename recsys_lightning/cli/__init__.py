@@ -11,7 +11,7 @@ from recsys_lightning.errors import InputError
 
 # command: (module that runs it, one line of help). Each module has a function of the command's name or `run`.
 COMMANDS = {
-    "prepare": ("recsys_lightning.cli.trainer", "build and cache the data and the item embeddings, print the statistics"),
+    "prepare": ("recsys_lightning.cli.trainer", "build and cache the data and the item embeddings, print the figures"),
     "fit": ("recsys_lightning.cli.trainer", "train a model or a tokenizer"),
     "validate": ("recsys_lightning.cli.trainer", "measure a trained model on the validation items"),
     "test": ("recsys_lightning.cli.trainer", "measure a trained model on the test items"),
@@ -34,13 +34,13 @@ options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 where the user's input was at fault."""
+    """Run one command; returns the exit status: 0, 2 where the user's input was at fault, 130 after Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         commands = "\n".join(f"  {name:<14} {line}" for name, (_, line) in COMMANDS.items())
         sys.stdout.write(_TOP.format(commands=commands) + "\n")
         return 0
-    if arguments[0] == "--version":
+    if "--version" in arguments[:2]:
         sys.stdout.write(f"recsys {__version__}\n")
         return 0
     command = arguments[0]
@@ -52,17 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"recsys: error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        # The Trainer answers Ctrl+C with an exit of its own; help and --print_config exit too.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        raise
     return 0
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
+def _interrupted() -> int:
+    sys.stderr.write("recsys: interrupted\n")
+    return 130  # what shells expect: 128 and the signal's number
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The most similar known word, or None if none is similar."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """`; did you mean 'x'?` for the most similar known word, or nothing if none is similar."""
-    match = closest(word, known)
+    match = closest(word, known, cutoff)
     return f"; did you mean {match!r}?" if match else ""
 
 

@@ -1,7 +1,7 @@
 """One line for what jsonargparse says in many: the wrong key or value, where it stands, and the nearest valid one.
 
-jsonargparse names a faulty key by its last part and repeats the whole configuration. The full key, the file and the line
-are found by reading the command line and its files a second time (`read_settings`), the valid keys from the signatures.
+jsonargparse names a faulty key by its last part and repeats the whole configuration. The full key, the file and the
+line are found by reading the command line and its files a second time (`read_settings`), the valid keys by signatures.
 """
 
 import argparse
@@ -12,11 +12,13 @@ import re
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from recsys_lightning.cli import closest, nearest
@@ -32,6 +34,7 @@ ROOTS: dict[str, type] = {
     "early_stopping": EarlyStopping,
 }
 _SUBCLASS_ROOTS = ("model", "data")
+_SUFFIXES = (".yaml", ".yml", ".json")
 _MAX_LISTED = 16  # longer lists of keys or classes help nobody
 # The parser that jsonargparse reads files with, so that both agree on what is YAML.
 _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -92,7 +95,7 @@ def _read_file(value: str) -> list[Setting]:
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "no such file"
         names = [str(entry) for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise InputError(f"--config {value}: {what}{nearest(value, names)}")
+        raise InputError(f"--config {value}: {what}{nearest(value, names, cutoff=0.8)}")
     root = _compose(path)
     if root is None:
         raise InputError(f"{value} is empty; it must hold keys such as model: and data:")
@@ -142,7 +145,7 @@ def _settings(node: yaml.Node, key: str, written: str, path: Path) -> Iterator[S
 def _sub_file(key: str, written: str, value: str, folder: Path) -> list[Setting]:
     """The settings of a file that stands in place of ``model``, ``data`` or ``trainer``."""
     path = folder / value
-    if key not in ROOTS or path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+    if key not in ROOTS or path.suffix not in _SUFFIXES or not path.is_file():
         return []
     node = _compose(path)
     return list(_settings(node, key, written, path)) if node is not None else []
@@ -199,8 +202,7 @@ class _Schema:
         parent, _, name = key.rpartition(".")
         hint = _hints(self.owner(parent, before)).get(name) if parent else None
         # What a callable type is called with, e.g. the catalogue, is not the user's to give.
-        given = get_args(hint)[0] if get_origin(hint) is Callable else []
-        return _keys_of(owner)[len(given) if isinstance(given, list) else 0 :] if owner else []
+        return _keys_of(owner)[_num_given(hint) :] if owner else []
 
     def find(self, key: str, value: str | None = None) -> tuple[int | None, str, str]:
         """Position, key as written and place of the last setting of a key, or of one below it."""
@@ -219,7 +221,8 @@ def known_classes(bases: Sequence[type]) -> dict[str, type]:
     found: dict[str, type] = {}
     queue = [base for base in bases if base.__module__ != "builtins"]
     for base in queue:  # grows on the way
-        queue += [sub for sub in type.__subclasses__(base) if sub not in queue]
+        below: list[type] = type.__subclasses__(base)
+        queue += [sub for sub in below if sub not in queue]
         if not inspect.isabstract(base) and not base.__name__.startswith("_"):
             found.setdefault(base.__name__, base)
     return found
@@ -232,6 +235,12 @@ def _classes_of(hint: Any) -> list[type]:
     if get_origin(hint) is not None:
         return [found for part in get_args(hint) for found in _classes_of(part)]
     return [hint] if isinstance(hint, type) and hint is not type(None) else []
+
+
+def _num_given(hint: Any) -> int:
+    """How many arguments a callable type is called with."""
+    given = get_args(hint)[0] if get_origin(hint) is Callable else []
+    return len(given) if isinstance(given, list) else 0
 
 
 def _hints(owner: type | None) -> dict[str, Any]:
@@ -297,13 +306,14 @@ def _innermost(message: str) -> tuple[str, str]:
 
 
 def _unknown_key(schema: _Schema, chain: str, text: str) -> str | None:
-    unrecognized = re.match(r"unrecognized arguments: (\S+)", text)
-    refused = re.search(r"(?:Group '([^']+)' does not accept option|Subcommand '[^']+' does not accept option|Option) '([^']+)'", text)
+    unrecognized = re.search(r"^[\s-]*unrecognized arguments: (\S+)", text, re.MULTILINE)
+    pattern = r"(?:Group '([^']+)' does not accept option|Subcommand '[^']+' does not accept option|Option) '([^']+)'"
+    refused = re.search(pattern, text)
     if unrecognized:
         word = unrecognized[1]
         if not word.startswith("--"):
-            file = f"; a configuration file is given as -c {word}" if Path(word).suffix in (".yaml", ".yml", ".json") else ""
-            return f"{word!r} is neither an option nor the value of one{file}"
+            hint = f"; a configuration file is given as -c {word}" if Path(word).suffix in _SUFFIXES else ""
+            return f"{word!r} is neither an option nor the value of one{hint}"
         leaf = word.removeprefix("--").partition("=")[0].removesuffix("+")
     elif refused:
         leaf = f"{refused[1]}.{refused[2]}" if refused[1] else refused[2]
@@ -323,8 +333,10 @@ def _unknown_key(schema: _Schema, chain: str, text: str) -> str | None:
     owner = schema.owner(parent, before) if parent else None
     of = f" of {owner.__name__}" if owner else ""
     near = closest(parts[wrong], known)
-    return f"no key {written!r}{of}{where}" + (
-        f"; did you mean {'.'.join([*written.split('.')[:-1], near])!r}?" if near else _listing("its keys are", known)
+    if near:
+        return f"no key {written!r}{of}{where}; did you mean {'.'.join([*written.split('.')[:-1], near])!r}?"
+    return f"no key {written!r}{of}{where}" + _listing(
+        "its keys are", known, f"`recsys {schema.command} --help` has them"
     )
 
 
@@ -335,7 +347,8 @@ def _missing(schema: _Schema, chain: str, text: str) -> str | None:
     names = [name.strip().removeprefix(f"{schema.command}.") for name in found[1].split(",")]
     if not chain:
         options = " and ".join(f"--{name}" for name in names)
-        return f"`recsys {schema.command}` needs {' and '.join(names)}: name a file that has them with -c, or give {options}"
+        it = "it" if len(names) == 1 else "them"
+        return f"`recsys {schema.command}` needs {' and '.join(names)}: name a file with {it} by -c, or give {options}"
     before, written, where = schema.find(chain)
     owner = schema.owner(chain, before)
     keys = " and ".join(repr(f"{written}.init_args.{name}") for name in names)
@@ -343,18 +356,21 @@ def _missing(schema: _Schema, chain: str, text: str) -> str | None:
 
 
 def _wrong_value(schema: _Schema, chain: str, text: str) -> str | None:
-    literals = [value for part in re.findall(r"Expected a typing\.Literal\[(.*?)\]", text) for value in literal_eval(f"[{part}]")]
+    parts = re.findall(r"Expected a typing\.Literal\[(.*?)\]", text)
+    literals = [value for part in parts for value in literal_eval(f"[{part}]")]
     kinds = re.findall(r"Expected an? <class '([\w.]+)'>", text)
-    if not literals and not set(kinds) & {"int", "float", "str"}:
+    # A bool or null beside a class, as in `trainer.logger`, is not what a word was meant for.
+    plain = {"int", "float", "str"} if "Expected a dot import path" in text else {"int", "float", "str", "bool"}
+    if not literals and not set(kinds) & plain:
         return None
     given = re.search(r"(?:Got|Given) value: (.*)", text)
     value = given[1] if given else ""
     _, written, where = schema.find(chain, value)
-    # A few types besides: e.g. a learning rate may also be a tensor, which nobody writes in a file.
-    wanted = [repr(value) for value in literals] + [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
+    # Of other types nothing is said: a learning rate may also be a tensor, which nobody writes in a file.
+    wanted = [str(value) for value in literals] + [_TYPE_NAMES[kind] for kind in kinds if kind in _TYPE_NAMES]
     near = closest(value, [str(value) for value in literals])
     hint = f"; did you mean {near!r}?" if near else ""
-    return f"{value!r} is no value for {written}{where}: it must be {' or '.join(dict.fromkeys(wanted))}{hint}"
+    return f"{value!r} is no value for {written}{where}: it must be {_either(wanted)}{hint}"
 
 
 def _unknown_class(schema: _Schema, chain: str, text: str) -> str | None:
@@ -375,17 +391,24 @@ def _unknown_class(schema: _Schema, chain: str, text: str) -> str | None:
     before, written, where = schema.find(chain, name)
     bases = [base for base in schema.bases(chain, before) if base.__module__ != "builtins"]
     known = known_classes(bases)
-    if Path(name).suffix in (".yaml", ".yml", ".json"):
+    if Path(name).suffix in _SUFFIXES:
         return f"no file {name!r} for {written}{where}; a path counts from the folder of the file that names it"
     near = closest(name.rpartition(".")[2], list(known))
-    kind = f" (a {bases[0].__name__})" if bases else ""
-    ours = [known_name for known_name, known_class in known.items() if known_class.__module__.startswith("recsys_lightning")]
-    hint = f"; did you mean {near!r}?" if near and near != name else _listing("there are", ours or list(known))
-    return f"no class {name!r} for {written}{kind}{where}{hint}"
+    kind = bases[0].__name__ if bases else "class"
+    ours = [label for label, found in known.items() if found.__module__.startswith("recsys_lightning")]
+    hint = f"; did you mean {near!r}?" if near else _listing("there are", ours or list(known))
+    return f"no {kind} {name!r} for {written}{where}{hint}"
 
 
-def _listing(what: str, names: Sequence[str]) -> str:
-    return f"; {what} {', '.join(names)}" if 0 < len(names) <= _MAX_LISTED else ""
+def _listing(what: str, names: Sequence[str], otherwise: str = "") -> str:
+    if 0 < len(names) <= _MAX_LISTED:
+        return f"; {what} {', '.join(names)}"
+    return f"; {otherwise}" if otherwise else ""
+
+
+def _either(words: Sequence[str]) -> str:
+    words = list(dict.fromkeys(words))
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _cut(written: str, count: int) -> str:
@@ -408,7 +431,7 @@ def unresolved(message: str, arguments: Sequence[str]) -> str:
     for setting in sorted(settings, key=lambda s: place is None or s.key != _short(place[1])):
         if missing is None or missing[1] in setting.value:
             what = f"no key {missing[1]!r}" if missing else reason
-            near = closest(missing[1], [s.written for s in read_settings(arguments)]) if missing else None
+            near = closest(missing[1], [s.written for s in read_settings(arguments) if s.value]) if missing else None
             hint = f"; did you mean {near!r}?" if near else ""
             return f"cannot resolve {setting.value!r} of {setting.written}{setting.where}: {what}{hint}"
     return f"cannot resolve a ${{...}} of the configuration: {reason}"
@@ -417,9 +440,63 @@ def unresolved(message: str, arguments: Sequence[str]) -> str:
 def not_built(built: type, error: Exception, given: Mapping[str, Any], arguments: Sequence[str]) -> str:
     """One line for an exception from the constructor of a class that a configuration names."""
     named = [s for s in read_settings(arguments) if s.value.rpartition(".")[2] == built.__name__]
-    key = f"{named[-1].written.removesuffix('.class_path')}{named[-1].where}: " if named else ""
+    places = [f"{s.written.removesuffix('.class_path')}{s.where}: " for s in named]
+    key = (places or [f"{root}: " for root, known in ROOTS.items() if known is built] or [""])[-1]
     nulls = [n for n, value in given.items() if value is None and type(None) not in get_args(_hints(built).get(n))]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, TypeError) and nulls:
         return f"{key}{built.__name__} got null for {' and '.join(nulls)}; give a value or leave the key out"
     return f"{key}{built.__name__} refused its settings: {lines[0]}"
+
+
+def while_running(error: Exception) -> str | None:
+    """One line for an exception of the Trainer that the user can mend; None for what may be a bug."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    if isinstance(error, InputError):
+        # A data loader's worker process hands over its exception as a traceback.
+        return text.splitlines()[-1].partition("InputError: ")[2] if "Original Traceback" in text else text
+    pattern = r"ModelCheckpoint\(monitor='([^']+)'\)` could not find|Early stopping conditioned on metric `(.+?)`"
+    monitored = re.search(pattern, text)
+    if monitored:
+        key, name = ("checkpoint", monitored[1]) if monitored[1] else ("early_stopping", monitored[2])
+        known = [metric for metric in re.findall(r"['`](val\S*?/\S+?)['`]", text) if metric != name]
+        near = closest(name, known)
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(dict.fromkeys(known))}"
+        return f"no metric {name!r} for {key}.monitor; {hint}"
+    if isinstance(error, MisconfigurationException):
+        return " ".join(text.split())
+    if first.startswith("Error(s) in loading state_dict"):
+        details = [line.strip() for line in text.splitlines()[1:]]
+        return f"the checkpoint was made with other model or data settings: {details[0] if details else first}"
+    if isinstance(error, UnpicklingError) or "PytorchStreamReader" in first:
+        return f"cannot read the checkpoint, it is damaged or holds more than weights and plain values: {first}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- help on a class
+
+
+def class_help(arguments: Sequence[str]) -> str | None:
+    """What ``--model.help COBRA`` asks for, where the class belongs deeper than the key, which jsonargparse refuses."""
+    asked = re.search(r"(?:^| )--(model|data)\.help[= ]([A-Za-z_]\w*)(?: |$)", " ".join(arguments))
+    if asked is None or asked[2] in known_classes([ROOTS[asked[1]]]):
+        return None
+    for key, hint in _places(asked[1], ROOTS[asked[1]]):
+        known = known_classes(_classes_of(hint))
+        if asked[2] in known:
+            parser = ArgumentParser(prog=f"recsys {arguments[0]}", usage=argparse.SUPPRESS, add_help=False)
+            parser.add_class_arguments(known[asked[2]], key, skip=set(_keys_of(known[asked[2]])[: _num_given(hint)]))
+            return parser.format_help()
+    return None
+
+
+def _places(key: str, base: type) -> Iterator[tuple[str, Any]]:
+    """Keys below a key that build classes, with their type hints; the shallow ones first."""
+    owners = [owner for owner in known_classes([base]).values() if owner.__module__.startswith("recsys_lightning")]
+    hints = [(f"{key}.{name}", hint) for owner in owners for name, hint in _hints(owner).items()]
+    yield from hints
+    for place, hint in hints:
+        for inner in _classes_of(hint):
+            if inner is not base:
+                yield from _places(place, inner)

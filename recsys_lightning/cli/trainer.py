@@ -2,14 +2,17 @@
 
 import logging
 import os
+import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -20,27 +23,58 @@ import recsys_lightning.models.cobra
 import recsys_lightning.models.popularity
 import recsys_lightning.models.rqvae
 import recsys_lightning.semantic_ids.residual_kmeans  # noqa: F401
-from recsys_lightning.cli.messages import one_line
+from recsys_lightning.cli.messages import (
+    ParseError,
+    class_help,
+    not_built,
+    one_line,
+    read_settings,
+    unresolved,
+    while_running,
+)
 from recsys_lightning.cli.statistics import print_statistics
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
+from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.record import PredictionWriter, RunRecord
-from recsys_lightning.training.recommender import RecommenderModule  # noqa: F401
 from recsys_lightning.training.tokenizer import TokenizerModule  # noqa: F401
 
 NEED_CHECKPOINT = ("validate", "test", "predict")
+# What constructors raise on settings they cannot use; torch has RuntimeError for a negative size.
+_REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException)
 
 
 class RecsysParser(LightningArgumentParser):
-    """A parser that raises one line naming the nearest valid key instead of printing pages of usage."""
+    """A parser that raises what it has to say instead of printing pages of usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Abbreviations would take a mistyped key for the one it begins, without a word.
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the message as an `InputError`."""
-        raise InputError(one_line(message, self)) from ex
+        """Raise the message as it is: the parsers of nested classes quote one another, `one_line` reads the whole."""
+        raise ParseError(message) from ex
+
+
+class _Builder:
+    """Calls the constructors that a configuration names: at once or, of models and optimizers, when fit begins.
+
+    An object with plain attributes, since modules that may be copied or sent to a process refer to it.
+    """
+
+    def __init__(self, arguments: Sequence[str]):
+        self.arguments = list(arguments)
+        self.refused: InputError | None = None
+
+    def __call__(self, built: type, *args: Any, **settings: Any) -> Any:
+        try:
+            return built(*args, **settings)
+        except InputError as error:
+            self.refused = error
+            raise
+        except _REFUSALS as error:
+            self.refused = InputError(not_built(built, error, settings, self.arguments))
+            raise self.refused from error
 
 
 class RecsysTrainer(L.Trainer):
@@ -51,7 +85,7 @@ class RecsysTrainer(L.Trainer):
 
 
 class RecsysCLI(LightningCLI):
-    """LightningCLI with a run folder, results, one-line errors, and a command line that a checkpoint cannot override."""
+    """LightningCLI with a run folder, results, one-line errors, and a command line that checkpoints cannot override."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose files, keys and ``${...}`` see one another and the command line."""
@@ -71,15 +105,22 @@ class RecsysCLI(LightningCLI):
             "--run_dir",
             type=str,
             default="runs/default",
-            help="folder of the run: configuration, metrics.csv, checkpoints, results.json. If a fit finds an earlier run "
-            "there, that one is moved aside to run_dir.1, .2, ...",
+            help="folder of the run: configuration, metrics.csv, checkpoints, results.json. If a fit finds an earlier "
+            "run there, that one is moved aside to run_dir.1, .2, ...",
+        )
+        parser.add_argument(
+            "--dataset",
+            type=str,
+            default="default",
+            help="a short name of the data, for ${dataset} in paths and keys: one file then serves several data sets",
         )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         monitor = {"monitor": "val/ndcg@10", "mode": "max"}
-        fixed = {"filename": "best", "auto_insert_metric_name": False, "enable_version_counter": False, "save_last": True}
+        fixed: dict[str, Any] = {"filename": "best", "save_last": True}
+        fixed |= {"auto_insert_metric_name": False, "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in (monitor | fixed).items()})
         parser.set_defaults({f"early_stopping.{key}": value for key, value in (monitor | {"patience": 10}).items()})
 
@@ -99,50 +140,93 @@ class RecsysCLI(LightningCLI):
             parser.set_defaults({"weights_only": True})
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line; whatever is wrong with it or with its files is said on one line."""
+        self.arguments = list(args)
+        # The files first: jsonargparse would not say which of them is missing, empty or not YAML.
+        read_settings(self.arguments)
+        text = class_help(self.arguments)
+        if text is not None:
+            sys.stdout.write(text)
+            raise SystemExit(0)
+        try:
+            self.config = parser.parse_args(self.arguments)
+        except ParseError as error:
+            raise InputError(one_line(str(error), parser)) from error
+        except OmegaConfBaseException as error:
+            raise InputError(unresolved(str(error), self.arguments)) from error
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's settings override the command line (tested)."""
 
     def before_instantiate_classes(self) -> None:
-        """Name the checkpoint, and make room for a new run."""
+        """Name the checkpoint."""
         config = self.config[self.subcommand]
         if self.subcommand == "prepare":
             return
-        folder = Path(config.run_dir)
         if config.ckpt_path in ("best", "last"):
             config.ckpt_path = str(_checkpoint_folder(config.run_dir) / f"{config.ckpt_path}.ckpt")
         if self.subcommand in NEED_CHECKPOINT and config.ckpt_path is None:
             config.ckpt_path = str(_checkpoint_folder(config.run_dir) / "best.ckpt")
         if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-            files = " ".join(f"-c {path}" for path in config.config or [])
+            command = " ".join(["recsys fit", *(f"-c {path}" for path in config.config or [])])
             raise InputError(
-                f"no checkpoint {config.ckpt_path}: train first with `recsys fit {files}`, or name one with --ckpt_path"
+                f"no checkpoint {config.ckpt_path}: train first with `{command}`, or name one with --ckpt_path"
             )
-        if self.subcommand == "fit" and config.ckpt_path is None and not config.trainer.fast_dev_run:
-            _move_aside(folder)
+        if config.ckpt_path is not None and not zipfile.is_zipfile(config.ckpt_path):
+            raise InputError(f"{config.ckpt_path} is no checkpoint, or is cut off; name another one with --ckpt_path")
+
+    def before_predict(self) -> None:
+        """Refuse a model that recommends nothing."""
+        if not isinstance(self.model, RecommenderModule):
+            raise InputError(
+                f"{type(self.model).__name__} recommends nothing to predict; `recsys fit` has written its semantic IDs"
+            )
+
+    def before_fit(self) -> None:
+        """Make room for a new run, now that its settings have built all they name."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path is None and not config.trainer.fast_dev_run:
+            _move_aside(Path(config.run_dir))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer with the project's defaults; `prepare` needs none."""
         config = self._get(self.config_init, "trainer")
-        run_dir = self._get(self.config_init, "run_dir")
         if config.logger in (None, True):
-            config.logger = CSVLogger(run_dir, name="", version="")
+            # Of the other commands results.json is the record; a CSVLogger would delete the metrics.csv of the fit.
+            resumed = self._get(self.config, "ckpt_path") is not None
+            run_dir = self._get(self.config_init, "run_dir")
+            config.logger = _csv_logger(run_dir, resumed) if self.subcommand == "fit" else False
         callbacks = [PredictionWriter()] if self.subcommand == "predict" else []
         config.callbacks = [*(config.callbacks or []), *callbacks]
         return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
 
     def instantiate_classes(self) -> None:
         """Instantiate what the command needs."""
-        if self.subcommand != "prepare":
-            super().instantiate_classes()
-            return
-        self.config_init = self.parser.instantiate_classes(self.config)
+        builder = _Builder(self.arguments)
+        self._parser(self.subcommand).add_instantiator(builder, object)
+        try:
+            if self.subcommand != "prepare":
+                super().instantiate_classes()
+                return
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raised into pages on the types it tried.
+            if builder.refused is None or builder.refused is error:
+                raise
+            raise builder.refused from error
         self.datamodule, self.model = self._get(self.config_init, "data"), None
         self.trainer = RecsysTrainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        if not config.get("enable_checkpointing", True):
+        if config.get("enable_checkpointing") is False:  # None, the default, means true
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except InputError:
+            raise
+        except _REFUSALS as error:
+            raise InputError(f"the Trainer refused its settings (trainer.*): {str(error).strip()}") from error
 
     def prepare(self, **_: Any) -> None:
         """Run `recsys prepare`."""
@@ -177,22 +261,43 @@ def run(arguments: Sequence[str]) -> RecsysCLI:
             load_from_checkpoint_support=False,
             args=list(arguments),
         )
-    except OmegaConfBaseException as error:
-        raise InputError(f"cannot resolve a ${{...}} of the configuration: {error}") from error
+    except Exception as error:
+        line = while_running(error)
+        if line is None:
+            raise
+        raise InputError(line) from error
 
 
 def _checkpoint_folder(run_dir: str) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def _csv_logger(run_dir: str, resumed: bool) -> CSVLogger:
+    """Writes metrics.csv; a resumed run keeps the rows it has, which Lightning would delete."""
+    logger = CSVLogger(run_dir, name="", version="")
+    path = Path(run_dir) / "metrics.csv"
+    if resumed and _is_first_process() and path.is_file():
+        rows = path.read_text()
+        writer = logger.experiment  # its making deletes the file
+        path.write_text(rows)
+        writer.metrics_keys = rows.partition("\n")[0].strip().split(",")
+    return logger
+
+
+def _is_first_process() -> bool:
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def _move_aside(folder: Path) -> None:
     """Rename the folder of an earlier run to the first free ``<folder>.<n>``: nothing is overwritten.
 
-    Only the first process does so; the others come later and would move the new run.
+    Only the first process does so; the others come later and would move the new run. A run that failed before its first
+    step has left nothing but its configuration, and is not kept.
     """
-    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+    if not _is_first_process():
         return
-    if not (folder / "config.yaml").is_file():
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "config.yaml" not in names or names == {"config.yaml"}:
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -205,11 +310,14 @@ def _quiet() -> None:
     """Show what a user can act on; drop Lightning's advertisements and hints."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if not logging.getLogger("recsys_lightning").handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logging.getLogger("recsys_lightning").addHandler(handler)
-    logging.getLogger("recsys_lightning").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", "LightningCLI.s args parameter")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    log = logging.getLogger("recsys_lightning")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # which a program that calls `main` may have replaced since
+    warnings.filterwarnings("ignore", "Experiment logs directory")
     torch.set_float32_matmul_precision("high")

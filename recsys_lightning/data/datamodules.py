@@ -197,7 +197,9 @@ class SequenceDataModule(CatalogDataModule):
         size = self.batch_size if stage == "train" else self.eval_batch_size
         sampler = self._sampler(dataset.lengths, size, shuffle=stage == "train")
         # The sampler yields whole batches and the dataset answers with one: nothing is collated.
-        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+        )
 
 
 class ItemDataModule(CatalogDataModule):
@@ -246,7 +248,9 @@ class ItemDataModule(CatalogDataModule):
         dataset = _Rows(self.catalog.text_embeddings()[1:])
         lengths = np.ones(len(dataset), dtype=np.int64)
         sampler = self._sampler(lengths, self.batch_size, shuffle)
-        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+        )
 
 
 class _Rows(Dataset[Tensor]):

@@ -43,7 +43,9 @@ class SequenceBatch:
 
     @property
     def sequence(self) -> Tensor:
-        """(B, T+1) the history followed at once by the first answer: what a next-item model learns from."""
+        """(B, T+1) the history followed at once by the first answer, if there is one: what a next-item model learns from."""
+        if not self.target.shape[1]:
+            return self.history
         lengths = self.history_mask.sum(1, keepdim=True)  # (B, 1)
         return F.pad(self.history, (0, 1)).scatter(1, lengths, self.target[:, :1])
 

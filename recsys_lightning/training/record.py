@@ -28,9 +28,9 @@ class RunRecord(SaveConfigCallback):
     """Writes the resolved configuration and the results of a run into its folder.
 
     ``config.yaml`` is the configuration of `fit`; later commands on the same run write ``config-test.yaml`` and so on.
-    ``results.json`` holds ``metrics`` (flat; ``val/...`` of the checkpoint that is kept as best, ``test/...`` of the last
-    test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command, ``epochs``, ``steps``
-    and ``code``. Commands on one run add to the file.
+    ``results.json`` holds ``metrics`` (flat; ``val/...`` of the checkpoint that is kept as best, ``test/...`` of the
+    last test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command, ``epochs``,
+    ``steps`` and ``code``. Commands on one run add to the file.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -134,7 +134,8 @@ class PredictionWriter(BasePredictionWriter):
         """Write the file."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         users = pl.DataFrame({"user_id": data.data.user_ids}).with_row_index("user").cast({"user": pl.Int64})
-        items = pl.DataFrame({"item_id": data.catalog.raw_ids}).with_row_index("item", offset=1).cast({"item": pl.Int64})
+        items = pl.DataFrame({"item_id": data.catalog.raw_ids}).with_row_index("item", offset=1)
+        items = items.cast({"item": pl.Int64})
         name = "predictions.parquet" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.parquet"
         table = pl.concat(self.parts).join(users, on="user", maintain_order="left")
         table = table.join(items, on="item", maintain_order="left").select("user_id", "rank", "item_id", "score")

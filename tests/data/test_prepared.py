@@ -70,6 +70,12 @@ def test_rows_are_numbered_cleaned_and_given_their_fields(raw, cache):
     assert data.interactions.num_items == 3
 
 
+def test_a_repeat_at_another_time_is_kept_and_an_exact_duplicate_is_not(raw, cache):
+    (raw / "log.txt").write_text("bob tent 1\nbob tent 2\nbob tent 1\n")
+    interactions = prepare(Lines(), raw, cache, core=0).interactions
+    assert (interactions.items.tolist(), interactions.timestamps.tolist()) == ([1, 1], [1, 2])
+
+
 def test_statistics_are_plain_values_worked_out_by_hand(raw, cache):
     data = prepare(Lines(), raw, cache, core=2)  # soap is met once when its exact duplicate is gone
     assert data.statistics == {

@@ -71,7 +71,8 @@ class Amazon2014(Source):
     """One category of the Amazon reviews of 2014: ``reviews_<category>_5.json.gz`` and ``meta_<category>.json.gz``.
 
     Args:
-        category: the category as the public files spell it, such as ``Beauty`` or ``Sports_and_Outdoors``.
+        category: the category as the public files spell it, such as ``Sports_and_Outdoors``, or its first word in small
+            letters, such as ``sports``, where that names only one.
         max_rejected: the share of unusable lines that is tolerated, in each file.
     """
 
@@ -80,7 +81,7 @@ class Amazon2014(Source):
             raise InputError(f"category {category!r} is not spelled as in the public files; {_suggestion(category)}")
         if not 0 <= max_rejected <= 1:
             raise InputError(f"max_rejected is {max_rejected}; it is a share: give a number from 0 to 1")
-        self.category = category
+        self.category = _spelled(category)
         self.max_rejected = max_rejected
 
     @property
@@ -132,6 +133,12 @@ class _RejectedError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
+
+
+def _spelled(category: str) -> str:
+    """The public spelling of a category named by its first word; any other name as it is."""
+    named = [known for known in CATEGORIES if category == known.lower() or known.lower().startswith(f"{category}_")]
+    return named[0] if len(named) == 1 else category
 
 
 def _suggestion(category: str) -> str:

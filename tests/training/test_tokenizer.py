@@ -1,0 +1,82 @@
+"""TokenizerModule: every tokenizer is fitted by one mechanism and leaves the table it promises."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from recsys_lightning.data.datamodules import ItemDataModule
+from recsys_lightning.data.encoders import TfidfSVD
+from recsys_lightning.data.sources import Synthetic
+from recsys_lightning.models.rqvae import RQVAE
+from recsys_lightning.semantic_ids.residual_kmeans import ResidualKMeans
+from recsys_lightning.semantic_ids.table import SemanticIds
+from recsys_lightning.training.tokenizer import FILE_NAME, TokenizerModule
+
+
+@pytest.fixture
+def data(tmp_path):
+    source = Synthetic(num_users=80, num_themes=2, topics_per_theme=3, items_per_topic=8)
+    return ItemDataModule(source, TfidfSVD(dim=12), cache_dir=str(tmp_path / "cache"), k_core=0, batch_size=16, seed=1)
+
+
+def fit(module, data, folder, **settings):
+    checkpoint = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", auto_insert_metric_name=False)
+    run = L.Trainer(
+        accelerator="cpu", default_root_dir=folder, callbacks=[checkpoint], logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, **({"max_epochs": 4} | settings),
+    )  # fmt: skip
+    run.fit(module, data)
+    return run
+
+
+TOKENIZERS = {
+    "rqvae": lambda width: RQVAE(width, hidden=(16,), latent_dim=8, num_levels=2, num_codes=6),
+    "kmeans": lambda width: ResidualKMeans(width, num_levels=2, num_codes=6),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_fit_leaves_a_table_of_the_whole_catalogue_with_its_fingerprint(data, tmp_path, name):
+    fit(TokenizerModule(TOKENIZERS[name]), data, tmp_path)
+    table = SemanticIds.load(tmp_path / FILE_NAME, data.catalog.text_fingerprint, data.catalog.num_items)
+    assert table.codes.shape == (data.catalog.num_items + 1, 2)
+    assert table.num_codes == 6
+
+
+def test_the_table_comes_from_the_best_checkpoint(data, tmp_path):
+    module = TokenizerModule(TOKENIZERS["rqvae"])
+    run = fit(module, data, tmp_path)
+    best = TokenizerModule(TOKENIZERS["rqvae"])
+    best.trainer = run
+    best.configure_model()
+    best.load_state_dict(torch.load(run.checkpoint_callback.best_model_path, weights_only=True)["state_dict"])
+    assert torch.equal(best.semantic_ids().codes, SemanticIds.load(tmp_path / FILE_NAME).codes)
+
+
+def test_training_lowers_the_reconstruction_error(data, tmp_path):
+    short = fit(TokenizerModule(TOKENIZERS["rqvae"]), data, tmp_path / "a", max_epochs=1)
+    long = fit(TokenizerModule(TOKENIZERS["rqvae"]), data, tmp_path / "b", max_epochs=60)
+    assert long.callback_metrics["val/reconstruction"] < 0.8 * short.callback_metrics["val/reconstruction"]
+
+
+def test_the_whole_catalogue_is_judged(data, tmp_path):
+    run = fit(TokenizerModule(TOKENIZERS["kmeans"]), data, tmp_path, max_epochs=1)
+    report = SemanticIds.load(tmp_path / FILE_NAME).collision_report()
+    logged = run.callback_metrics
+    assert float(logged["val/collision_rate"]) == pytest.approx(report.collision_rate)
+    assert float(logged["val/cells"]) == report.num_cells
+    for level in (1, 2):
+        assert float(logged[f"val/perplexity@{level}"]) == pytest.approx(report.perplexity[level - 1], rel=1e-5)
+        assert float(logged[f"val/entropy@{level}"]) == pytest.approx(report.entropy_share[level - 1], rel=1e-5)
+        assert float(logged[f"val/dead_codes@{level}"]) == 6 - report.used_codes[level - 1]
+
+
+def test_a_resumed_fit_does_not_start_its_codebooks_anew(data, tmp_path, monkeypatch):
+    fit(TokenizerModule(TOKENIZERS["rqvae"]), data, tmp_path)
+    monkeypatch.setattr(RQVAE, "fit", lambda *_: pytest.fail("fitted a second time"))
+    again = L.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False, max_epochs=5,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    again.fit(TokenizerModule(TOKENIZERS["rqvae"]), data, ckpt_path=str(tmp_path / "best.ckpt"), weights_only=True)
