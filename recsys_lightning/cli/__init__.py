@@ -4,7 +4,6 @@ import difflib
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
 from recsys_lightning import __version__
 from recsys_lightning.errors import InputError
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0]
     try:
         if command not in COMMANDS:
-            raise InputError(f"no command {command!r}{nearest(command, COMMANDS)}; `recsys --help` lists them")
+            raise InputError(f"no command {command!r}; `recsys --help` lists them{nearest(command, COMMANDS)}")
         module = importlib.import_module(COMMANDS[command][0])
         module.run(arguments)
     except InputError as error:
@@ -78,8 +77,3 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """`; did you mean 'x'?` for the most similar known word, or nothing if none is similar."""
     match = closest(word, known, cutoff)
     return f"; did you mean {match!r}?" if match else ""
-
-
-def fail(message: str) -> NoReturn:
-    """Stop with one line."""
-    raise InputError(message)

@@ -128,13 +128,13 @@ def _settings(node: yaml.Node, key: str, written: str, path: Path) -> Iterator[S
             yield from _settings(child, key, f"{written}[{number}]", path)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
-        # A class's name first: the keys beside it are keys of that class.
-        for name, child in sorted(node.value, key=lambda pair: pair[0].value != "class_path"):
+        for name, child in node.value:
             line = name.start_mark.line + 1
             dotted = f"{written}.{name.value}".removeprefix(".")
             if name.value in lines and name.value != "<<":
-                first, second = sorted((lines[name.value], line))
-                raise InputError(f"{path} line {second}: the key {dotted!r} already stands in line {first}; keep one")
+                raise InputError(
+                    f"{path} line {line}: key {dotted!r} already stands in line {lines[name.value]}; keep one"
+                )
             lines[name.value] = line
             short = ".".join(part for part in (key, _short(str(name.value))) if part)
             if isinstance(child, yaml.MappingNode):
@@ -209,7 +209,8 @@ class _Schema:
         matches = [n for n, setting in enumerate(self.settings) if f"{setting.key}.".startswith(f"{key}.")]
         exact = [n for n in matches if self.settings[n].key == key]
         same = [n for n in exact if self.settings[n].value == value]
-        for candidates in (same, exact, matches):
+        named = [n for n in exact if self.settings[n].value]  # not the line of `init_args:`
+        for candidates in (same, named, exact, matches):
             if candidates:
                 setting = self.settings[candidates[-1]]
                 return candidates[-1], _cut(setting.written, key.count(".") + 1), setting.where
@@ -427,7 +428,7 @@ def unresolved(message: str, arguments: Sequence[str]) -> str:
     settings = [setting for setting in read_settings(arguments) if "${" in setting.value]
     place = re.search(r"full_key: \w+\.(\S+)", message)
     missing = re.search(r"Interpolation key '\.*([^']*)' not found", message)
-    reason = message.splitlines()[0]
+    reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", message.splitlines()[0]).strip('"')
     for setting in sorted(settings, key=lambda s: place is None or s.key != _short(place[1])):
         if missing is None or missing[1] in setting.value:
             what = f"no key {missing[1]!r}" if missing else reason

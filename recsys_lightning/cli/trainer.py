@@ -306,6 +306,13 @@ def _move_aside(folder: Path) -> None:
     logging.getLogger(__name__).warning("an earlier run in %s was moved to %s", folder, aside)
 
 
+class _ToStderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: a program that calls `main` may replace it between two calls."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def _quiet() -> None:
     """Show what a user can act on; drop Lightning's advertisements and hints."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -315,9 +322,7 @@ def _quiet() -> None:
     log = logging.getLogger("recsys_lightning")
     log.setLevel(logging.INFO)
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)  # which a program that calls `main` may have replaced since
-    warnings.filterwarnings("ignore", "Experiment logs directory")
+        log.addHandler(_ToStderr())
+    for noise in ("Experiment logs directory", ".*treespec, LeafSpec", "Couldn't infer the batch indices"):
+        warnings.filterwarnings("ignore", noise)
     torch.set_float32_matmul_precision("high")

@@ -158,6 +158,8 @@ def trained(trained_once: Path, tmp_path: Path) -> Path:
         name = f"{run}.yaml"
         text = (trained_once / name).read_text().replace(str(trained_once / run), str(folder / run))
         (folder / name).write_text(text.replace(str(trained_once / "rqvae"), str(folder / "rqvae")))
+        saved = folder / run / "config.yaml"
+        saved.write_text(saved.read_text().replace(str(trained_once / run), str(folder / run)))
     return folder
 
 

@@ -27,7 +27,8 @@ COMMAND_LINES = [
     ),
     (
         "--model.model.item_encoder.hiden [3]",
-        "no key 'model.model.item_encoder.hiden' of EmbeddingItemEncoder; did you mean 'model.model.item_encoder.hidden'?",
+        "no key 'model.model.item_encoder.hiden' of EmbeddingItemEncoder; "
+        "did you mean 'model.model.item_encoder.hidden'?",
     ),
     (
         "--model.zzz.x 3",
@@ -59,7 +60,10 @@ COMMAND_LINES = [
     ),
     ("--model.model.class_path COBAR", "no Recommender 'COBAR' for model.model; did you mean 'COBRA'?"),
     ("--data.encoder TfidfSVDD", "no TextEncoder 'TfidfSVDD' for data.encoder; did you mean 'TfidfSVD'?"),
-    ("--data Sequencedatamodule", "no CatalogDataModule 'Sequencedatamodule' for data; did you mean 'SequenceDataModule'?"),
+    (
+        "--data Sequencedatamodule",
+        "no CatalogDataModule 'Sequencedatamodule' for data; did you mean 'SequenceDataModule'?",
+    ),
     ("--model.optimizer AdamWW", "no Optimizer 'AdamWW' for model.optimizer; did you mean 'AdamW'?"),
     ("--trainer.logger WandbLoger", "no Logger 'WandbLoger' for trainer.logger; did you mean 'WandbLogger'?"),
     ("--model sub.yaml", "no file 'sub.yaml' for model; a path counts from the folder of the file that names it"),
@@ -72,7 +76,10 @@ COMMAND_LINES = [
     ("--model.optimizer.lr abc", "'abc' is no value for model.optimizer.lr: it must be a float"),
     ("--model.ks [a]", "'a' is no value for model.ks: it must be an int"),
     ("--seed_everything abc", "'abc' is no value for seed_everything: it must be true or false or an int"),
-    ("other.yaml", "'other.yaml' is neither an option nor the value of one; a configuration file is given as -c other.yaml"),
+    (
+        "other.yaml",
+        "'other.yaml' is neither an option nor the value of one; a configuration file is given as -c other.yaml",
+    ),
 ]
 
 
@@ -96,7 +103,12 @@ def test_a_suggested_key_exists(recsys, write_yaml, cobra, arguments, message):
 # In a file: what is edited, the message without its place, and the word that stands in the line it points to.
 FILES = [
     ("trainr", {"max_epochs": 1}, "no key 'trainr'{}; did you mean 'trainer'?", "trainr:"),
-    ("trainer.max_epoch", 1, "no key 'trainer.max_epoch' of Trainer{}; did you mean 'trainer.max_epochs'?", "max_epoch:"),
+    (
+        "trainer.max_epoch",
+        1,
+        "no key 'trainer.max_epoch' of Trainer{}; did you mean 'trainer.max_epochs'?",
+        "max_epoch:",
+    ),
     (f"{MODEL}.dmi", 3, f"no key '{MODEL}.dmi' of COBRA{{}}; did you mean '{MODEL}.dim'?", "dmi:"),
     (
         f"{MODEL}.decoder.num_layer",
@@ -181,8 +193,11 @@ UNREADABLE = [
     ("# only a comment\n", "{} is empty; it must hold keys such as model: and data:"),
     ("- a\n- b\n", "{} is no configuration; it must hold keys such as model: and data:"),
     ("just text\n", "{} is no configuration; it must hold keys such as model: and data:"),
-    ("run_dir: x\ntrainer: {max_epochs: 3, : [\n", "{} line 2 column 27 is not valid YAML: did not find expected node content"),
-    ("run_dir: x\ntrainer: {}\nrun_dir: y\n", "{} line 3: the key 'run_dir' already stands in line 1; keep one"),
+    (
+        "run_dir: x\ntrainer: {max_epochs: 3, : [\n",
+        "{} line 2 column 26 is not valid YAML: did not find expected node content",
+    ),
+    ("run_dir: x\ntrainer: {}\nrun_dir: y\n", "{} line 3: key 'run_dir' already stands in line 1; keep one"),
 ]
 
 
@@ -222,13 +237,16 @@ def test_what_a_constructor_refuses_is_named_with_its_key_and_class(recsys, writ
     assert error.startswith("the Trainer refused its settings (trainer.*): You selected an invalid accelerator name")
     assert recsys("fit", "-c", config, "--data.batch_size", "0").error == "data.batch_size=0 must be at least 1"
     assert "got null for k_core" in recsys("fit", "-c", config, "--data.k_core", "null").error
-    assert recsys("fit", "-c", config, "--model.model.dim", "15").error == "dim=15 must be a multiple of decoder.num_heads=2"
+    assert (
+        recsys("fit", "-c", config, "--model.model.dim", "15").error
+        == "dim=15 must be a multiple of decoder.num_heads=2"
+    )
 
 
 def test_an_error_in_a_data_loader_s_process_is_one_line_too():
-    assert while_running(InputError("Caught InputError in worker 0.\nOriginal Traceback:\n  x\nrecsys.InputError: too long")) == (
-        "too long"
-    )
+    assert while_running(
+        InputError("Caught InputError in worker 0.\nOriginal Traceback:\n  x\nrecsys.InputError: too long")
+    ) == ("too long")
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "early_stopping"])
