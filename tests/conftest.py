@@ -28,7 +28,9 @@ def catalog() -> Catalog:
     rng = np.random.default_rng(0)
     vectors = np.concatenate([np.zeros((1, 12)), rng.normal(size=(37, 12))]).astype(np.float32)
     words = [f"{rng.choice(['red', 'blue'])} {rng.choice(['soap', 'brush', 'cream'])} {i}" for i in range(37)]
-    fields = pl.DataFrame({"item_id": [f"raw{i}" for i in range(37)], "title": words, "brand": ["acme", None] * 18 + [None]})
+    fields = pl.DataFrame(
+        {"item_id": [f"raw{i}" for i in range(37)], "title": words, "brand": ["acme", None] * 18 + [None]}
+    )
     counts = np.concatenate([[0], rng.integers(1, 30, 37)])
     return Catalog(fields, counts, ItemEmbeddings(vectors, "f" * 64, "random"))
 
@@ -47,7 +49,9 @@ def make_batch(*histories: list[int], targets: list[int] | None = None, width: i
     width = max(map(len, histories)) if width is None else width
     history = torch.tensor([[*h, *[0] * (width - len(h))] for h in histories])
     target = torch.tensor(targets or [1] * len(histories))[:, None]
-    return SequenceBatch(torch.arange(len(histories)), history, target, torch.zeros(len(histories), 0, dtype=torch.long))
+    return SequenceBatch(
+        torch.arange(len(histories)), history, target, torch.zeros(len(histories), 0, dtype=torch.long)
+    )
 
 
 @pytest.fixture

@@ -35,7 +35,9 @@ def test_info_nce_is_equation_8(temperature, with_excluded, with_log_q):
     excluded = torch.rand(5, 7, generator=g) < 0.4 if with_excluded else None
     log_q = torch.rand(7, generator=g).double().log() if with_log_q else None
     found = info_nce(query, candidates, target, temperature, excluded, log_q)
-    assert float(found) == pytest.approx(info_nce_by_hand(query, candidates, target, temperature, excluded, log_q), rel=1e-5)
+    assert float(found) == pytest.approx(
+        info_nce_by_hand(query, candidates, target, temperature, excluded, log_q), rel=1e-5
+    )
 
 
 def test_a_perfect_pair_still_costs_what_the_temperature_leaves():

@@ -12,6 +12,9 @@ from recsys_lightning.errors import InputError
 
 DEFAULT_METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
+# What a table or a report is made of; every run writes them all.
+_PARTS = ("metrics", "run", "model", "seed", "data", "hardware", "seconds_by_command", "code", "config")
+
 
 def load_results(run: str | Path) -> dict[str, Any]:
     """The ``results.json`` of a run folder, or that file itself.
@@ -27,9 +30,10 @@ def load_results(run: str | Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(results, dict) or "metrics" not in results:
-        raise InputError(f"{path} holds no metrics: it was not written by `recsys fit` or `recsys test`")
-    return results
+    missing = [part for part in _PARTS if not isinstance(results, dict) or part not in results]
+    if missing:
+        raise InputError(f"{path} holds no {', '.join(missing)}: it was not written by `recsys fit` or `recsys test`")
+    return dict(results)
 
 
 def rows(runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> list[list[str]]:
@@ -41,7 +45,9 @@ def rows(runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> 
     columns = [f"{column}/{metric}" for column in (stage, f"{stage}-unseen") for metric in metrics]
     if not any(column in run["metrics"] for run in runs for column in columns):
         known = sorted({name for run in runs for name in run["metrics"]})
-        raise InputError(f"none of {columns} in these runs, which have {known}; run `recsys test`, or choose --stage val")
+        raise InputError(
+            f"none of {columns} in these runs, which have {known}; run `recsys test`, or choose --stage val"
+        )
     values = [[run["metrics"].get(column) for column in columns] for run in runs]
     shown = [["-" if value is None else f"{value:.4f}" for value in row] for row in values]
     return [[run["run"], run["model"], *row] for run, row in zip(runs, shown, strict=True)]

@@ -7,7 +7,14 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from recsys_lightning.analysis.compare import DEFAULT_METRICS, header, load_results, markdown_report, rows, terminal_table
+from recsys_lightning.analysis.compare import (
+    DEFAULT_METRICS,
+    header,
+    load_results,
+    markdown_report,
+    rows,
+    terminal_table,
+)
 from recsys_lightning.errors import InputError
 
 

@@ -22,7 +22,9 @@ def print_statistics(statistics: dict[str, Any]) -> None:
     rows |= {f"dropped: {reason}": f"{count:,}" for reason, count in statistics["dropped"].items()}
     for file, counts in statistics["rejects"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["rejected"].items())
-        rows[file] = "\n".join([f"{counts['read']:,} lines read, rejected: {reasons or 'none'}", *counts["examples"]])
+        rows[f"raw: {file}"] = "\n".join(
+            [f"{counts['read']:,} lines read, rejected: {reasons or 'none'}", *counts["examples"]]
+        )
     rows["text encoder"] = f"{statistics['text_encoder']}, width {statistics['text_width']}"
     for name, value in rows.items():
         table.add_row(name, value)

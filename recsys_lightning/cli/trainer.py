@@ -1,7 +1,9 @@
 """`recsys fit | validate | test | predict | prepare` on LightningCLI."""
 
+import importlib
 import logging
 import os
+import pkgutil
 import sys
 import warnings
 import zipfile
@@ -18,11 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf.errors import OmegaConfBaseException
 
-# A class named in a configuration by its short name must have been imported: these imports are the registry.
-import recsys_lightning.models.cobra
-import recsys_lightning.models.popularity
-import recsys_lightning.models.rqvae
-import recsys_lightning.semantic_ids.residual_kmeans  # noqa: F401
+import recsys_lightning.models
+import recsys_lightning.semantic_ids
 from recsys_lightning.cli.messages import (
     ParseError,
     class_help,
@@ -38,6 +37,12 @@ from recsys_lightning.errors import InputError
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.record import PredictionWriter, RunRecord
 from recsys_lightning.training.tokenizer import TokenizerModule  # noqa: F401
+
+# A class named in a configuration by its short name must have been imported: these imports are the registry, so a new
+# model or tokenizer is one new file.
+for _package in (recsys_lightning.models, recsys_lightning.semantic_ids):
+    for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
+        importlib.import_module(_module.name)
 
 NEED_CHECKPOINT = ("validate", "test", "predict")
 # What constructors raise on settings they cannot use; torch has RuntimeError for a negative size.
@@ -114,9 +119,7 @@ class RecsysCLI(LightningCLI):
             default="default",
             help="a short name of the data, for ${dataset} in paths and keys: one file then serves several data sets",
         )
-        parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         monitor = {"monitor": "val/ndcg@10", "mode": "max"}
         fixed: dict[str, Any] = {"filename": "best", "save_last": True}
@@ -164,6 +167,9 @@ class RecsysCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "prepare":
             return
+        # Not parser links: those would copy a ${...} of run_dir before it is resolved.
+        config.trainer.default_root_dir = config.run_dir
+        config.checkpoint.dirpath = str(_checkpoint_folder(config.run_dir))
         if config.ckpt_path in ("best", "last"):
             config.ckpt_path = str(_checkpoint_folder(config.run_dir) / f"{config.ckpt_path}.ckpt")
         if self.subcommand in NEED_CHECKPOINT and config.ckpt_path is None:

@@ -63,6 +63,7 @@ class CatalogDataModule(L.LightningDataModule):
         self.k_core, self.num_workers = k_core, num_workers
         self.seed = seed
         self._data: PreparedData | None = None
+        self._composed: list[str] | None = None
         self._catalog: Catalog | None = None
 
     def prepare_data(self) -> None:
@@ -124,7 +125,9 @@ class CatalogDataModule(L.LightningDataModule):
         return BucketSampler(lengths, batch_size, shuffle, seed, rank=_rank(), world_size=_world_size())
 
     def _texts(self, data: PreparedData) -> list[str]:
-        return compose_texts(data.fields.drop("item_id"), self.template)
+        if self._composed is None:
+            self._composed = compose_texts(data.fields.drop("item_id"), self.template)
+        return self._composed
 
 
 class SequenceDataModule(CatalogDataModule):
@@ -198,7 +201,11 @@ class SequenceDataModule(CatalogDataModule):
         sampler = self._sampler(dataset.lengths, size, shuffle=stage == "train")
         # The sampler yields whole batches and the dataset answers with one: nothing is collated.
         return DataLoader(
-            dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
         )
 
 
@@ -249,7 +256,11 @@ class ItemDataModule(CatalogDataModule):
         lengths = np.ones(len(dataset), dtype=np.int64)
         sampler = self._sampler(lengths, self.batch_size, shuffle)
         return DataLoader(
-            dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
         )
 
 

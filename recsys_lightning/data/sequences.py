@@ -43,7 +43,7 @@ class SequenceBatch:
 
     @property
     def sequence(self) -> Tensor:
-        """(B, T+1) the history followed at once by the first answer, if there is one: what a next-item model learns from."""
+        """(B, T+1) the history and, where there is one, the first answer after it: what next-item models learn from."""
         if not self.target.shape[1]:
             return self.history
         lengths = self.history_mask.sum(1, keepdim=True)  # (B, 1)

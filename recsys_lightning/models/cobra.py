@@ -37,9 +37,10 @@ class CobraDecoder:
         num_heads: attention heads.
         feedforward: width of the feed-forward layers; None is 4 D.
         dropout: on the input and inside the blocks.
-        bos: put a learned token first, so that the first item is predicted too and an empty history has an answer (C2).
-            The paper has none.
-        dense_head: ``none`` reads the dense vector straight off the decoder, as eq. 6 does; ``linear`` adds a layer (C3).
+        bos: put a learned token first, so that the first item is predicted too and an empty history has an answer
+            (C2). The paper has none.
+        dense_head: ``none`` reads the dense vector straight off the decoder, as eq. 6 does; ``linear`` adds a layer
+            (C3).
         max_items: longest sequence in items, the answer included: one more than the data's ``max_history`` (C12).
     """
 
@@ -58,10 +59,10 @@ class CobraObjective:
 
     Attributes:
         temperature: of the cosines in L_dense; the paper prints none, and 1.0 is its literal reading (C4).
-        negatives: ``batch`` contrasts with the unique items of the batch, histories and answers alike; ``catalogue`` with
-            all items (C6).
-        extra_negatives: items drawn uniformly from the catalogue for every batch and added to its own, so that rarely met
-            items are contrasted with too (C6). Literal: 0.
+        negatives: ``batch`` contrasts with the unique items of the batch, histories and answers alike; ``catalogue``
+            with all items (C6).
+        extra_negatives: items drawn uniformly from the catalogue for every batch and added to its own, so that rarely
+            met items are contrasted with too (C6). Literal: 0.
         mask_same_sequence: other items of a user's own sequence are no negatives for it (C6). Literal: off.
         log_q: correct for popular items being negatives more often, with ``negatives: batch`` (C7). Literal: off.
         detach_targets: no gradient into the item encoder through the answers' vectors (C5). Literal: off.
@@ -80,12 +81,15 @@ class CobraObjective:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise InputError(f"objective.temperature={self.temperature} must be above 0; the paper's literal reading is 1.0")
+            raise InputError(
+                f"objective.temperature={self.temperature} must be above 0; the paper's literal reading is 1.0"
+            )
         if self.extra_negatives < 0:
             raise InputError(f"objective.extra_negatives={self.extra_negatives} must be 0 or more")
         if self.negatives == "catalogue" and (self.log_q or self.extra_negatives):
             raise InputError(
-                "objective.log_q and objective.extra_negatives are for negatives: batch; the catalogue is already complete"
+                "objective.log_q and objective.extra_negatives are for negatives: batch; "
+                "the catalogue is already complete"
             )
 
 
@@ -117,8 +121,8 @@ class CobraSearch:
 class COBRA(Recommender):
     """Cascaded organised bi-represented generative retrieval.
 
-    Items carry their natural cells: there is no extra token to tell apart items that share a semantic ID (C19), the dense
-    vector does that; and an item, having one ID, is in one beam only (C20).
+    Items carry their natural cells: there is no extra token to tell apart items that share a semantic ID (C19), the
+    dense vector does that; and an item, having one ID, is in one beam only (C20).
 
     Args:
         catalog: with text fields or embeddings, as the item encoder needs.
@@ -139,9 +143,9 @@ class COBRA(Recommender):
         semantic_ids: str | Path | SemanticIds,
         dim: int = 256,
         item_encoder: Callable[[Catalog, int], ItemEncoder] = EmbeddingItemEncoder,
-        decoder: CobraDecoder = CobraDecoder(),  # noqa: B008 - frozen
-        objective: CobraObjective = CobraObjective(),  # noqa: B008 - frozen
-        search: CobraSearch = CobraSearch(),  # noqa: B008 - frozen
+        decoder: CobraDecoder = CobraDecoder(),
+        objective: CobraObjective = CobraObjective(),
+        search: CobraSearch = CobraSearch(),
     ):
         super().__init__()
         if dim % decoder.num_heads:
@@ -161,8 +165,8 @@ class COBRA(Recommender):
         self.token_type = nn.Embedding(self.stride, dim)  # one type a level, then the dense type (C1)
         self.position = nn.Embedding(int(decoder.bos) + decoder.max_items * self.stride, dim)
         self.bos = nn.Parameter(torch.empty(1, dim).normal_(std=0.02)) if decoder.bos else None
-        # Item vectors leave their encoder's layer norm with unit variance. Codes start at the same scale, so that neither
-        # half of an item drowns the other; types and positions are hints beside them.
+        # Item vectors leave their encoder's layer norm with unit variance. Codes start at the same scale, so that
+        # neither half of an item drowns the other; types and positions are hints beside them.
         nn.init.normal_(self.code.weight, std=1.0)
         for table in (self.token_type, self.position):
             nn.init.normal_(table.weight, std=0.1)
@@ -172,7 +176,7 @@ class COBRA(Recommender):
         )
         self.heads = nn.ModuleList(nn.Linear(dim, self.num_codes) for _ in range(self.num_levels))
         self.dense_head = nn.Linear(dim, dim) if decoder.dense_head == "linear" else nn.Identity()
-        self.register_load_state_dict_pre_hook(_refuse_other_codes)
+        self.register_load_state_dict_pre_hook(_refuse_other_codes)  # type: ignore[no-untyped-call] # torch left it so
 
     # ---------------------------------------------------------------------------------------------- training
 
@@ -206,8 +210,8 @@ class COBRA(Recommender):
         index = torch.zeros_like(sequence).masked_scatter(present, own)[:, first:][learned]  # (P,)
         log_q = excluded = None
         if self.objective.log_q:
-            # The chance that an item with popularity p is among n items of sequences and m drawn from the catalogue's I:
-            # 1 - (1 - p)^n (1 - 1/I)^m.
+            # The chance that an item with popularity p is among n items of sequences and m drawn from the catalogue's
+            # I: 1 - (1 - p)^n (1 - 1/I)^m.
             stays_out = torch.log1p(-self.log_popularity[candidates].exp()) * len(own)
             stays_out = stays_out + math.log1p(-1 / self.num_items) * self.objective.extra_negatives
             log_q = (-torch.expm1(stays_out)).log().to(vectors.dtype)  # (U,)
@@ -227,15 +231,15 @@ class COBRA(Recommender):
         if self.objective.negatives == "catalogue":
             return torch.arange(1, self.num_items + 1, device=items.device), items - 1
         drawn = torch.randint(1, self.num_items + 1, (self.objective.extra_negatives,), device=items.device)
-        unique, inverse = torch.cat([items, drawn]).unique(return_inverse=True)
+        unique, inverse = torch.unique(torch.cat([items, drawn]), return_inverse=True)
         return unique, inverse[: len(items)]
 
     def _embed(self, sequence: Tensor, dense: Tensor) -> Tensor:
         """Tokens of items (B, T) with dense vectors (B, T, D): ``[e^1 .. e^L, v]`` an item, (B, bos + T S, D)."""
         if sequence.shape[1] > self.decoder_config.max_items:
             raise InputError(
-                f"a sequence of {sequence.shape[1]} items, but the decoder has positions for {self.decoder_config.max_items}: "
-                "set decoder.max_items of the model to max_history of the data plus 1"
+                f"a sequence of {sequence.shape[1]} items, but the decoder has positions for "
+                f"{self.decoder_config.max_items}: set decoder.max_items of the model to max_history of the data plus 1"
             )
         offset = torch.arange(self.num_levels, device=sequence.device) * self.num_codes
         codes = self.code(self.codes[sequence] + offset)  # (B, T, L, D)
@@ -252,7 +256,7 @@ class COBRA(Recommender):
     def encode_items(self) -> Tensor:
         """(I+1, D) dense vectors of all items, row 0 zeros."""
         ids = torch.arange(1, self.num_items + 1, device=self.codes.device)
-        vectors = torch.cat([self.item_encoder(part) for part in ids.split(2048)])
+        vectors = torch.cat([self.item_encoder(part) for part in torch.split(ids, 2048)])
         return torch.cat([torch.zeros_like(vectors[:1]), vectors])
 
     @torch.no_grad()
@@ -299,6 +303,6 @@ def _refuse_other_codes(model: COBRA, state: dict[str, Tensor], prefix: str, *_:
     codes = state.get(f"{prefix}codes")
     if codes is not None and not torch.equal(codes.cpu(), model.codes.cpu()):
         raise InputError(
-            "this checkpoint was trained with other semantic IDs than the model was given; name the file it was trained with "
-            "in semantic_ids, or train again"
+            "this checkpoint was trained with other semantic IDs than the model was given; "
+            "name the file it was trained with in semantic_ids, or train again"
         )

@@ -95,16 +95,20 @@ class TextItemEncoder(ItemEncoder):
         super().__init__()
         present = [name for name in fields if name in catalog.fields.columns]
         if not present:
-            raise InputError(f"no text field of {list(fields)} in the catalogue, which has {catalog.fields.columns[1:]}")
+            raise InputError(
+                f"no text field of {list(fields)} in the catalogue, which has {catalog.fields.columns[1:]}"
+            )
         if max_tokens < 2:
             raise InputError(f"max_tokens={max_tokens} leaves no room for words; use 2 or more")
         if pretrained_tokens and vocabulary == "catalogue":
             raise InputError("pretrained_tokens needs a pretrained vocabulary: name a model in vocabulary")
         self.columns = [catalog.fields.get_column(name).fill_null("").to_list() for name in present]
         self.max_tokens = max_tokens
-        self.tokenizer = _train_vocabulary(self.columns, vocabulary_size) if vocabulary == "catalogue" else None
-        if self.tokenizer is None:
-            self.tokenizer = _pretrained(vocabulary, "AutoTokenizer").backend_tokenizer
+        self.tokenizer: Any = (  # a tokenizers.Tokenizer; that library has no types
+            _train_vocabulary(self.columns, vocabulary_size)
+            if vocabulary == "catalogue"
+            else _pretrained(vocabulary, "AutoTokenizer").backend_tokenizer
+        )
         self._tokenize()
         size = self.tokenizer.get_vocab_size()
         self.token = nn.Embedding(size + 2, dim, padding_idx=0)  # 0 is padding, 1 is [CLS], the vocabulary follows
@@ -149,7 +153,8 @@ class TextItemEncoder(ItemEncoder):
     def _tokenize(self) -> None:
         """Write tokens and field types of every item, (I+1, W); recomputed rather than stored in checkpoints."""
         encoded = [
-            [line.ids for line in self.tokenizer.encode_batch(column, add_special_tokens=False)] for column in self.columns
+            [line.ids for line in self.tokenizer.encode_batch(column, add_special_tokens=False)]
+            for column in self.columns
         ]
         device = self.tokens.device if hasattr(self, "tokens") else None
         rows, row_types = [[1]], [[0]]  # item 0: [CLS] alone, never asked for
@@ -169,8 +174,8 @@ def _train_vocabulary(columns: list[list[str]], size: int) -> Any:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     except ImportError as error:
         raise InputError('TextItemEncoder needs the text extra: pip install "recsys_lightning[text]"') from error
-    # Not WordPiece: its trainer numbers word-internal pieces in the order of a hash map, so that ties between merges fall
-    # differently in each process, and with them the vocabulary. Plain byte pairs start from a sorted alphabet.
+    # Not WordPiece: its trainer numbers word-internal pieces in the order of a hash map, so that ties between merges
+    # fall differently in each process, and with them the vocabulary. Plain byte pairs start from a sorted alphabet.
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))  # noqa: S106 - a token of text, not a secret
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
@@ -186,8 +191,11 @@ def _pretrained(name: str, loader: str) -> Any:
 
         return getattr(transformers, loader).from_pretrained(name)
     except ImportError as error:
-        raise InputError('a pretrained vocabulary needs the text extra: pip install "recsys_lightning[text]"') from error
+        raise InputError(
+            'a pretrained vocabulary needs the text extra: pip install "recsys_lightning[text]"'
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot load vocabulary {name!r}: give a local folder, or vocabulary: catalogue ({str(error).splitlines()[0]})"
+            f"cannot load vocabulary {name!r}: give a local folder, or vocabulary: catalogue "
+            f"({str(error).splitlines()[0]})"
         ) from error

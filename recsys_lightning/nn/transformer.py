@@ -3,7 +3,8 @@
 Axis letters: B rows, T time, D width, H heads, M beams, d head width (D = H d).
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,9 @@ class Attention(nn.Module):
         )  # (B, H, T, d)
         return self.output(attended.transpose(1, 2).flatten(2)), cache
 
-    def extend(self, x: Tensor, prefix: KeyValues, prefix_mask: Tensor, own: KeyValues | None) -> tuple[Tensor, KeyValues]:
+    def extend(
+        self, x: Tensor, prefix: KeyValues, prefix_mask: Tensor, own: KeyValues | None
+    ) -> tuple[Tensor, KeyValues]:
         """Attend from one new token of each of M beams to the prefix they share and to the beam's own tokens.
 
         The prefix is kept once a row, not once a beam: its scores are one product with the M queries of that row.
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         shared = shared.masked_fill(~prefix_mask[:, None, None], -torch.inf)
         private = (keys @ queries[..., None]).squeeze(-1) * scale  # (B, H, M, s)
         weights = torch.cat([shared, private], -1).softmax(-1)  # (B, H, M, T + s)
-        of_prefix, of_own = weights.split([shared.shape[-1], private.shape[-1]], -1)
+        of_prefix, of_own = torch.split(weights, [shared.shape[-1], private.shape[-1]], -1)
         attended = of_prefix @ prefix.values + (of_own[..., None, :] @ values).squeeze(-2)  # (B, H, M, d)
         return self.output(attended.transpose(1, 2).flatten(2)), KeyValues(keys, values)
 
@@ -93,14 +96,17 @@ class Block(nn.Module):
         attended, cache = self.attention(self.attention_norm(x), mask, causal)
         return self._finish(x, attended), cache
 
-    def extend(self, x: Tensor, prefix: KeyValues, prefix_mask: Tensor, own: KeyValues | None) -> tuple[Tensor, KeyValues]:
+    def extend(
+        self, x: Tensor, prefix: KeyValues, prefix_mask: Tensor, own: KeyValues | None
+    ) -> tuple[Tensor, KeyValues]:
         """One new token of each beam, (B, M, D) to (B, M, D); see `Attention.extend`."""
         attended, own = self.attention.extend(self.attention_norm(x), prefix, prefix_mask, own)
         return self._finish(x, attended), own
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(attended)
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        finished: Tensor = x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        return finished
 
 
 class Transformer(nn.Module):
@@ -146,7 +152,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[KeyValues]]:
         """Add one token to each of M beams over a shared prefix; see `Attention.extend`. (B, M, D) to (B, M, D)."""
         grown = []
-        for i, layer in enumerate(self.layers):
+        layers = cast(Iterable[Block], self.layers)  # a ModuleList does not say what it holds
+        for i, layer in enumerate(layers):
             x, keys_values = layer.extend(x, prefix[i], prefix_mask, own[i] if own else None)
             grown.append(keys_values)
         return self.norm(x), grown

@@ -31,8 +31,8 @@ def beam_fusion(
     COBRA (arXiv:2503.02453) eqs. 12-14, in log space: with beam score phi_k, dense vector v_k and A_k the `per_cell`
     nearest items to v_k in the cell of beam k,
     ``log Phi(k, a) = log softmax_k(tau phi)[k] + log softmax(psi cos(v_k, .))[a]``.
-    The paper does not say over what the second softmax runs (C16): ``global`` takes the union of all A_k, so the ranking is
-    that of ``tau phi_k + psi cos(v_k, a)``; ``per_id`` takes A_k, so a one-item cell always scores 1 there.
+    The paper does not say over what the second softmax runs (C16): ``global`` takes the union of all A_k, so the
+    ranking is that of ``tau phi_k + psi cos(v_k, a)``; ``per_id`` takes A_k, so a one-item cell always scores 1 there.
 
     Args:
         beams: leaves (B, M), log probabilities (B, M) and dense vectors (B, M, D) as `hidden`.
@@ -64,8 +64,8 @@ def beam_fusion(
 
 def _cosines(queries: Tensor, vectors: Tensor, beam: Tensor, items: Tensor) -> Tensor:
     """(C,) the inner product of each candidate with its beam's query."""
-    parts = [(queries[b] * vectors[i]).sum(-1) for b, i in zip(beam.split(CHUNK), items.split(CHUNK), strict=True)]
-    return torch.cat(parts).float()
+    chunks = zip(torch.split(beam, CHUNK), torch.split(items, CHUNK), strict=True)
+    return torch.cat([(queries[b] * vectors[i]).sum(-1) for b, i in chunks]).float()
 
 
 def _segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:

@@ -26,16 +26,16 @@ def beam_search(trie: PrefixTrie, logits: Tensor, advance: Advance, num_beams: i
     """Search for the `num_beams` most likely semantic IDs among those that at least one item carries.
 
     COBRA (arXiv:2503.02453) eq. 10, constrained to occupied prefixes (C18). A beam's score is its cumulative log
-    probability without length normalisation (C15); probabilities are the model's own, over all K codes, so a prefix that
-    no item has keeps its share and is merely not followed. With ``num_beams`` of at least the number of prefixes at every
-    level the result is exact.
+    probability without length normalisation (C15); probabilities are the model's own, over all K codes, so a prefix
+    that no item has keeps its share and is merely not followed. With ``num_beams`` of at least the number of prefixes
+    at every level the result is exact.
 
     Args:
         trie: which prefixes exist.
         logits: (B, K) of the first code.
-        advance: called as ``advance(level, parents, codes)`` with the beams (B, M) chosen at `level`: for each, the beam of
-            the level before that it continues and its code. Returns logits of the next level (B, M, K), ignored after the
-            last, and hidden states (B, M, D).
+        advance: called as ``advance(level, parents, codes)`` with the beams (B, M) chosen at `level`: for each, the
+            beam of the level before that it continues and its code. Returns logits of the next level (B, M, K), ignored
+            after the last, and hidden states (B, M, D).
         num_beams: beams kept at each level; fewer where there are fewer prefixes.
     """
     if num_beams < 1:

@@ -15,7 +15,7 @@ class Recommendations(NamedTuple):
     def without(self, items: Tensor, k: int) -> "Recommendations":
         """The first k of each list once `items` (B, S; 0 is padding) are struck from it; order is kept."""
         struck = torch.zeros_like(self.item_ids, dtype=torch.bool)  # (B, R)
-        for column in items.split(64, dim=1):  # bounded memory for users who have seen much
+        for column in torch.split(items, 64, dim=1):  # bounded memory for users who have seen much
             struck |= (self.item_ids[:, :, None] == column[:, None, :]).any(-1)
         struck |= self.item_ids == 0
         order = struck.to(torch.int8).argsort(dim=1, stable=True)[:, :k]  # kept items first

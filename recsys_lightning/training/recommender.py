@@ -21,8 +21,8 @@ from recsys_lightning.training.optimizers import Schedule, build_optimizer
 class RecommenderModule(L.LightningModule):
     """Trains a recommender on its own losses and ranks it by exact item ids over the whole catalogue.
 
-    Every metric is logged twice: ``val/recall@10`` counts all items, ``val-unseen/recall@10`` strikes those that the user
-    has met before (C21, C22).
+    Every metric is logged twice: ``val/recall@10`` counts all items, ``val-unseen/recall@10`` strikes those that the
+    user has met before (C21, C22).
 
     Args:
         model: makes the model from the catalogue, e.g. `COBRA`; the catalogue comes from the data module.
@@ -71,14 +71,14 @@ class RecommenderModule(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         return build_optimizer(self.built, self.optimizer, self.schedule, self.warmup_steps, int(total))
 
-    def training_step(self, batch: SequenceBatch, _: int) -> Tensor | None:
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor | None:
         """The sum of the model's losses; each is logged by name, and so is the sum."""
         losses = self.built.losses(batch)
         if not losses:
             return None
         total = torch.stack(list(losses.values())).sum()
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
         self.log("train/loss", total.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
         return total
 
@@ -89,15 +89,15 @@ class RecommenderModule(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_predict_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: SequenceBatch, _: int) -> None:
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Rank and count."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: SequenceBatch, _: int) -> None:
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Rank and count."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: SequenceBatch, _: int) -> tuple[Tensor, Recommendations]:
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> tuple[Tensor, Recommendations]:
         """Users (B,) and their lists of the longest cut-off, without what they have seen."""
         return batch.user, self._recommend(batch).without(batch.seen, max(self.ks))
 
@@ -123,7 +123,7 @@ class RecommenderModule(L.LightningModule):
     def _log(self, stage: str) -> None:
         for column in (stage, f"{stage}-unseen"):
             metrics = self._metrics(column)
-            self.log_dict({name: value.float() for name, value in metrics.compute().items()}, rank_zero_only=False)
+            self.log_dict({name: value.float() for name, value in metrics.compute().items()}, sync_dist=True)
             metrics.reset()
         self.item_vectors = None
 

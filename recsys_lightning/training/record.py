@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 import recsys_lightning
 from recsys_lightning.data.datamodules import CatalogDataModule
@@ -42,8 +43,10 @@ class RunRecord(SaveConfigCallback):
         self.config_values = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         self.folder = Path(trainer.default_root_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = self.config_filename if stage == "fit" else f"config-{stage}.yaml"
-        (self.folder / name).write_text(yaml.safe_dump(self.config_values, sort_keys=False))
+        command = TrainerFn(stage).value
+        name = self.config_filename if command == "fit" else f"config-{command}.yaml"
+        with replacing(self.folder / name) as file:
+            file.write(yaml.safe_dump(self.config_values, sort_keys=False).encode())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self.config_values, allow_val_change=True)

@@ -24,8 +24,8 @@ class TokenizerModule(L.LightningModule):
     """Fits an `ItemTokenizer` on item embeddings and writes ``semantic_ids.safetensors`` into the run folder.
 
     After each validation the whole catalogue is tokenized and judged: ``val/loss`` (sum of the tokenizer's losses),
-    ``val/collision_rate``, ``val/cells``, and for each level ``val/perplexity@l``, ``val/entropy@l`` (share of log K) and
-    ``val/dead_codes@l``. The file is written at the end of `fit`, from the best checkpoint where there is one.
+    ``val/collision_rate``, ``val/cells``, and for each level ``val/perplexity@l``, ``val/entropy@l`` (share of log K)
+    and ``val/dead_codes@l``. The file is written at the end of `fit`, from the best checkpoint where there is one.
 
     Args:
         tokenizer: makes the tokenizer from the width of the embeddings, e.g. `RQVAE` or `ResidualKMeans`.
@@ -42,7 +42,12 @@ class TokenizerModule(L.LightningModule):
         warmup_steps: int = 0,
     ):
         super().__init__()
-        self.build_tokenizer, self.optimizer, self.schedule, self.warmup_steps = tokenizer, optimizer, schedule, warmup_steps
+        self.build_tokenizer, self.optimizer, self.schedule, self.warmup_steps = (
+            tokenizer,
+            optimizer,
+            schedule,
+            warmup_steps,
+        )
         self.tokenizer: ItemTokenizer | None = None
         self._loss: list[Tensor] = []
 
@@ -72,22 +77,22 @@ class TokenizerModule(L.LightningModule):
         if not self.built.fitted:
             self.built.fit(self._catalog.text_embeddings()[1:].to(self.device))
 
-    def training_step(self, batch: Tensor, _: int) -> Tensor | None:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
         losses = self.built.losses(batch)
         if not losses:
             return None
         total = torch.stack(list(losses.values())).sum()
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
         self.log("train/loss", total.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
         return total
 
-    def validation_step(self, batch: Tensor, _: int) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the losses on a part of the catalogue."""
         self._log_losses(batch, "val")
 
-    def test_step(self, batch: Tensor, _: int) -> None:
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the losses on a part of the catalogue."""
         self._log_losses(batch, "test")
 
@@ -138,7 +143,7 @@ class TokenizerModule(L.LightningModule):
             values[f"perplexity@{level + 1}"] = report.perplexity[level]
             values[f"entropy@{level + 1}"] = report.entropy_share[level]
             values[f"dead_codes@{level + 1}"] = self.built.num_codes - report.used_codes[level]
-        self.log_dict({f"{stage}/{name}": float(value) for name, value in values.items()}, rank_zero_only=False)
+        self.log_dict({f"{stage}/{name}": float(value) for name, value in values.items()}, sync_dist=True)
 
 
 def describe(report: CollisionReport) -> str:

@@ -250,7 +250,13 @@ def test_beauty_has_its_published_figures_and_no_rejects(shared_data: Path) -> N
 
 @pytest.mark.parametrize(
     ("given", "spelled"),
-    [("beauty", "Beauty"), ("sports", "Sports_and_Outdoors"), ("toys", "Toys_and_Games"), ("Beauty", "Beauty"), ("mine", "mine")],
+    [
+        ("beauty", "Beauty"),
+        ("sports", "Sports_and_Outdoors"),
+        ("toys", "Toys_and_Games"),
+        ("Beauty", "Beauty"),
+        ("mine", "mine"),
+    ],
 )
 def test_a_category_may_be_named_by_its_first_word(given, spelled):
     assert Amazon2014(given).category == spelled

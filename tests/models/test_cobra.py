@@ -40,7 +40,7 @@ def tokens_of(model, items, vectors):
 
 
 def reference_losses(model, sequences, temperature=0.0625):
-    """Equations 4 to 9, one user, one position and one level at a time, with the index map of the three-level layout."""
+    """Equations 4 to 9, one user, one position and one level at a time, by the index map of the three-level layout."""
     stride, levels = model.num_levels + 1, model.num_levels
     bos = int(model.bos is not None)
     vectors = model.encode_items()

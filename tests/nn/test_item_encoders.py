@@ -51,7 +51,9 @@ def test_a_long_text_beside_it_does_not_change_an_item(text_encoder):
 
 def test_word_order_and_fields_matter(catalog):
     """Bidirectional attention with positions and field types: moving a word to another field gives another vector."""
-    fields = pl.DataFrame({"item_id": ["a", "b", "c"], "title": ["red soap", "soap red", "red"], "brand": [None, None, "soap"]})
+    fields = pl.DataFrame(
+        {"item_id": ["a", "b", "c"], "title": ["red soap", "soap red", "red"], "brand": [None, None, "soap"]}
+    )
     torch.manual_seed(0)
     encoder = TextItemEncoder(Catalog(fields, catalog.train_counts[:4]), 16, vocabulary_size=60).eval()
     vectors = encoder(torch.tensor([1, 2, 3]))

@@ -6,7 +6,9 @@ from recsys_lightning.retrieval.recommendations import Recommendations
 
 
 def test_struck_items_leave_the_order_of_the_others():
-    lists = Recommendations(torch.tensor([[5, 3, 9, 1], [2, 7, 0, 0]]), torch.tensor([[4.0, 3.0, 2.0, 1.0], [2.0, 1.0, -1, -1]]))
+    lists = Recommendations(
+        torch.tensor([[5, 3, 9, 1], [2, 7, 0, 0]]), torch.tensor([[4.0, 3.0, 2.0, 1.0], [2.0, 1.0, -1, -1]])
+    )
     kept = lists.without(torch.tensor([[3, 5, 0], [0, 0, 0]]), k=3)
     assert kept.item_ids.tolist() == [[9, 1, 0], [2, 7, 0]]
     assert kept.scores.tolist() == [[2.0, 1.0, -torch.inf], [2.0, 1.0, -torch.inf]]

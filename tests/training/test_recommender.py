@@ -21,7 +21,12 @@ def data(tmp_path):
 
 
 def trainer(**settings):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(accelerator="cpu", use_distributed_sampler=False, num_sanity_val_steps=0, **(quiet | settings))
 
 

@@ -24,7 +24,8 @@ def fit(module, data, folder, **settings):
     checkpoint = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", auto_insert_metric_name=False)
     run = L.Trainer(
         accelerator="cpu", default_root_dir=folder, callbacks=[checkpoint], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, **({"max_epochs": 4} | settings),
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        **({"max_epochs": 4} | settings),
     )  # fmt: skip
     run.fit(module, data)
     return run

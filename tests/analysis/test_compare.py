@@ -1,0 +1,203 @@
+"""`recsys compare`: results of runs side by side, with all that is needed to judge and repeat them."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recsys_lightning.analysis.compare import header, load_results, markdown_report, rows
+from recsys_lightning.cli import main
+from recsys_lightning.errors import InputError
+
+COBRA = {
+    "run": "runs/cobra/beauty",
+    "model": "COBRA",
+    "seed": 7,
+    "metrics": {
+        "val/recall@5": 0.0612,
+        "test/recall@5": 0.04321,
+        "test/ndcg@5": 0.0298,
+        "test-unseen/recall@5": 0.05,
+        "test-unseen/ndcg@5": 0.0355,
+    },
+    "data": {
+        "source": "amazon2014-beauty",
+        "num_users": 22363,
+        "fingerprint": "0123456789abcdef" * 4,
+        "text_encoder": "SentenceTransformer folder:ab12 max_tokens=None normalize=True",
+    },
+    "seconds": 130.5,
+    "seconds_by_command": {"fit": 120.4, "test": 10.1},
+    "hardware": {"devices": 1, "gpu": "NVIDIA H200", "cpu": "x86_64", "cpu_cores": 16, "torch": "2.13.0"},
+    "code": {"version": "0.1.0", "sha256": "fedcba9876543210" * 4, "commit": "751c3ed0a1b2-dirty"},
+    "epochs": 12,
+    "steps": 1056,
+    "parameters": 3_456_789,
+    "config": {"seed_everything": 7, "model": {"init_args": {"warmup_steps": 500}}},
+}
+POPULARITY = {
+    **COBRA,
+    "run": "runs/popularity/beauty",
+    "model": "Popularity",
+    "seed": None,
+    "metrics": {"test/recall@5": 0.0075, "val/recall@5": 0.01},
+    "data": {**COBRA["data"], "text_encoder": None},
+    "hardware": {**COBRA["hardware"], "gpu": None},
+    "code": {**COBRA["code"], "commit": None},
+    "config": {"seed_everything": None},
+}
+METRICS = ["recall@5", "ndcg@5"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Two run folders."""
+    made = [tmp_path / "cobra", tmp_path / "popularity"]
+    for folder, results in zip(made, (COBRA, POPULARITY), strict=True):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+    return made
+
+
+def cells(report: str, first: str) -> list[list[str]]:
+    """The rows of the Markdown tables of a report whose first cell is `first`."""
+    lines = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("|")]
+    return [line for line in lines if line[0] == first]
+
+
+def test_a_run_is_its_folder_or_its_results_file(folders):
+    assert load_results(folders[0]) == COBRA
+    assert load_results(str(folders[0])) == load_results(folders[0] / "results.json")
+
+
+def test_a_row_has_all_items_first_and_then_unseen_ones_only():
+    head, (cobra, popularity) = header("test", METRICS), rows([COBRA, POPULARITY], "test", METRICS)
+    assert dict(zip(head, cobra, strict=True)) == {
+        "run": "runs/cobra/beauty",
+        "model": "COBRA",
+        "test recall@5": "0.0432",
+        "test ndcg@5": "0.0298",
+        "test recall@5, unseen": "0.0500",
+        "test ndcg@5, unseen": "0.0355",
+    }
+    assert popularity == ["runs/popularity/beauty", "Popularity", "0.0075", "-", "-", "-"]
+
+
+def test_a_metric_of_0_is_a_value_and_not_a_gap():
+    assert rows([{**COBRA, "metrics": {"test/ndcg@5": 0.0}}], "test", ["ndcg@5"])[0][2:] == ["0.0000", "-"]
+
+
+def test_the_stage_is_the_users_choice():
+    assert [row[2] for row in rows([COBRA, POPULARITY], "val", ["recall@5"])] == ["0.0612", "0.0100"]
+
+
+def test_an_unknown_metric_names_those_there_are():
+    with pytest.raises(InputError, match=r"recall@7.*test/recall@5.*recsys test.*--stage val"):
+        rows([COBRA, POPULARITY], "test", ["recall@7"])
+
+
+def test_the_report_says_how_every_number_was_made():
+    report = markdown_report("Beauty", [COBRA, POPULARITY], "test", METRICS)
+    assert report.startswith("# Beauty\n")
+    metrics, provenance = cells(report, "runs/cobra/beauty")
+    assert metrics[2:] == ["0.0432", "0.0298", "0.0500", "0.0355"]
+    titles = cells(report, "run")[1]
+    assert dict(zip(titles, provenance, strict=True)) == {
+        "run": "runs/cobra/beauty",
+        "seed": "7",
+        "epochs": "12",
+        "steps": "1056",
+        "parameters": "3456789",
+        "seconds": "fit 120, test 10",
+        "hardware": "1 x NVIDIA H200, torch 2.13.0",
+        "data": "amazon2014-beauty 0123456789ab",
+        "text encoder": "SentenceTransformer folder:ab12 max_tokens=None normalize=True",
+        "code": "0.1.0 751c3ed0a1b2-dirty fedcba987654",
+    }
+    assert report.count("<details>") == report.count("</details>") == 2
+    settings = report.split("settings of runs/cobra/beauty</summary>")[1].split("```")[1].removeprefix("yaml\n")
+    assert yaml.safe_load(settings) == COBRA["config"]
+
+
+def test_the_report_does_without_a_gpu_a_seed_a_text_encoder_and_a_commit():
+    provenance = cells(markdown_report("", [POPULARITY], "test", METRICS), "runs/popularity/beauty")[1]
+    assert provenance[1] == "-"
+    assert provenance[6] == "1 x 16 CPU cores (x86_64), torch 2.13.0"
+    assert provenance[8] == "none"
+    assert "None" not in provenance[9]
+    assert provenance[9].split() == ["0.1.0", "fedcba987654"]
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_compare_prints_a_table_and_writes_the_report(folders, tmp_path, capsys):
+    output = tmp_path / "new" / "comparison.md"
+    command = ["compare", *map(str, folders), "--metrics", *METRICS, "--title", "Beauty", "--output", str(output)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    for word in ("Beauty", "COBRA", "Popularity", "0.0432", "0.0075", "-"):
+        assert word in printed
+    assert output.read_text() == markdown_report("Beauty", [COBRA, POPULARITY], "test", METRICS)
+
+
+def test_compare_reads_one_run_and_another_stage(folders, capsys):
+    assert main(["compare", str(folders[0] / "results.json"), "--stage", "val", "--metrics", "recall@5"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.0612" in printed
+    assert "0.0432" not in printed
+
+
+def break_file(text: str):
+    def change(folder: Path) -> None:
+        (folder / "results.json").write_text(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        (lambda folder: (folder / "results.json").unlink(), "", "no {file}: a run folder has one after `recsys fit`"),
+        (break_file('{"metrics": {'), "", "{file} is not JSON: "),
+        (break_file("[1, 2]"), "", "{file} holds no metrics"),
+        (break_file('{"run": "x"}'), "", "{file} holds no metrics"),
+        (lambda folder: None, "--metrics recall@7", "none of ['test/recall@7', 'test-unseen/recall@7'] in these runs"),
+        (lambda folder: None, "--stage train", "compare: argument --stage: invalid choice: 'train'"),
+        (lambda folder: None, "--metrik recall@5", "compare: unrecognized arguments: --metrik"),
+    ],
+    ids=["no results", "cut off", "another JSON", "no metrics", "no such metric", "no such stage", "no such option"],
+)
+def test_compare_says_what_is_wrong_on_one_line(folders, capsys, change, options, says):
+    change(folders[0])
+    assert main(["compare", *map(str, folders), *options.split()]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("recsys: error: " + says.format(file=folders[0] / "results.json"))
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_compare_without_a_folder_names_the_missing_file(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", sorted(COBRA))
+def test_a_file_that_lacks_a_part_is_refused_or_shown_without_it(folders, tmp_path, capsys, key):
+    """Never a traceback: results.json may be from an older version or made by hand."""
+    results = copy.deepcopy(COBRA)
+    del results[key]
+    (folders[0] / "results.json").write_text(json.dumps(results))
+    status = main(["compare", str(folders[0]), "--metrics", "recall@5", "--output", str(tmp_path / "c.md")])
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) in ((0, 0), (2, 1))
+    assert status == 0 or key in error
+
+
+def test_help_exits_with_0(capsys):
+    assert main(["compare", "--help"]) == 0
+    assert "--output" in capsys.readouterr().out

@@ -1,0 +1,167 @@
+"""Every shipped experiment loads, means what its name says, and runs: two steps and a validation on synthetic data."""
+
+import contextlib
+import functools
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from recsys_lightning.cli import main
+from recsys_lightning.cli.trainer import run
+from recsys_lightning.data.sources import Amazon2014
+from recsys_lightning.semantic_ids.table import SemanticIds
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "experiments"
+FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+LOGGERS = [name for name in FILES if name.startswith("logger/")]
+EXPERIMENTS = [name for name in FILES if name not in LOGGERS]
+COBRA = [name for name in EXPERIMENTS if name.startswith("cobra/") or name == "demo/cobra.yaml"]
+CATEGORIES = {"beauty": "Beauty", "sports": "Sports_and_Outdoors", "toys": "Toys_and_Games"}
+
+
+@functools.cache
+def resolved(*names: str) -> dict[str, Any]:
+    """What `recsys fit` makes of experiment files, every ``${...}`` filled in."""
+    out = io.StringIO()
+    files = [word for name in names for word in ("-c", str(FOLDER / name))]
+    with contextlib.redirect_stdout(out):
+        status = main(["fit", *files, "--print_config"])
+    assert status == 0, names
+    return yaml.safe_load(out.getvalue())
+
+
+def built_by(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The short name and the settings of the recommender or tokenizer of an experiment."""
+    settings = config["model"]["init_args"]
+    part = settings.get("model") or settings["tokenizer"]
+    return part["class_path"].rpartition(".")[2], part.get("init_args") or {}
+
+
+def tokenizer_of(name: str) -> str:
+    """The experiment that makes the semantic IDs of a COBRA experiment: of the same name, beside it in the demo."""
+    return "demo/rqvae.yaml" if name.startswith("demo/") else name.replace("cobra/", "rqvae/")
+
+
+# ----------------------------------------------------------------------------------------------------------- they load
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_loads_and_no_reference_is_left_open(name):
+    config = resolved(name)
+    assert "${" not in yaml.safe_dump(config)
+    assert config["seed_everything"] is not True, "a run must be repeatable"
+    assert config["run_dir"] == f"runs/{name.removesuffix('.yaml')}", "a run lies where its file lies"
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_logger_file_adds_to_an_experiment(name):
+    package = Path(name).stem
+    pytest.importorskip(package, reason=f'needs pip install "recsys_lightning[{package}]"')
+    config = resolved("cobra/beauty.yaml", name)
+    loggers = config["trainer"]["logger"]
+    assert [logger["class_path"].rpartition(".")[2].lower() for logger in loggers] == ["csvlogger", f"{package}logger"]
+    assert {logger["init_args"]["save_dir"] for logger in loggers} == {"runs/cobra/beauty"}
+    assert config["model"] == resolved("cobra/beauty.yaml")["model"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("demo/")])
+def test_the_name_of_the_file_is_the_data_set(name):
+    config = resolved(name)
+    dataset = Path(name).stem.partition("_")[0]
+    assert config["dataset"] == dataset
+    source = config["data"]["init_args"]["source"]
+    assert source["class_path"].endswith("Amazon2014")
+    files = Amazon2014(**source["init_args"]).files(Path("raw"))
+    category = CATEGORIES[dataset]
+    assert [path.name for path in files] == [f"reviews_{category}_5.json.gz", f"meta_{category}.json.gz"]
+
+
+@pytest.mark.parametrize("dataset", CATEGORIES)
+def test_dataset_on_the_command_line_reaches_paths_and_source(dataset, capsys):
+    command = ["fit", "-c", str(FOLDER / "cobra/beauty.yaml"), "--dataset", dataset, "--print_config"]
+    assert main(command) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["run_dir"] == f"runs/cobra/{dataset}"
+    assert built_by(config)[1]["semantic_ids"] == f"runs/rqvae/{dataset}/semantic_ids.safetensors"
+    assert config["data"]["init_args"]["source"]["init_args"]["category"] == dataset
+
+
+# --------------------------------------------------------------------------------------------------- they fit together
+
+
+@pytest.mark.parametrize("name", COBRA)
+def test_cobra_reads_the_semantic_ids_that_the_experiment_of_its_name_writes(name):
+    cobra, tokenizer = resolved(name), resolved(tokenizer_of(name))
+    assert built_by(cobra)[1]["semantic_ids"] == f"{tokenizer['run_dir']}/semantic_ids.safetensors"
+
+
+@pytest.mark.parametrize("name", COBRA)
+def test_cobra_and_its_tokenizer_see_the_same_embeddings(name):
+    """Semantic IDs from other embeddings are refused, so all that goes into the embeddings must agree."""
+    cobra, tokenizer = (resolved(file)["data"]["init_args"] for file in (name, tokenizer_of(name)))
+    for key in ("source", "encoder", "template", "raw_dir", "cache_dir", "k_core"):
+        assert cobra[key] == tokenizer[key], key
+
+
+@pytest.mark.parametrize("name", COBRA)
+def test_cobra_has_a_position_for_every_item_of_a_history_and_the_answer(name):
+    config = resolved(name)
+    assert built_by(config)[1]["decoder"]["max_items"] == config["data"]["init_args"]["max_history"] + 1
+
+
+# ------------------------------------------------------------------------------------------------------------ they run
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all experiments: they share the data and the embeddings."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def data_settings(cache: Path) -> list[str]:
+    """24 items and 60 users in place of an experiment's own data; the rest of the file stays as it is."""
+    sizes = {"num_users": 60, "num_themes": 2, "topics_per_theme": 2, "items_per_topic": 6}
+    return [
+        *("--data.source", "Synthetic", *(word for key in sizes for word in (f"--data.source.{key}", str(sizes[key])))),
+        *("--data.encoder", "TfidfSVD", "--data.encoder.dim", "8"),
+        *("--data.cache_dir", str(cache), "--data.k_core", "0", "--data.batch_size", "12"),
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_takes_two_steps_and_a_validation(name, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what ignores run_dir would show here
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # `fit` writes over it: this puts it back
+    file, settings = str(FOLDER / name), data_settings(cache)
+    model, own = built_by(resolved(name))
+    if "semantic_ids" in own:
+        catalog = run(["prepare", "-c", file, *settings]).datamodule.catalog
+        sizes = built_by(resolved(tokenizer_of(name)))[1]
+        codes = torch.randint(0, sizes["num_codes"], (catalog.num_items + 1, sizes["num_levels"]))
+        codes[0] = 0
+        SemanticIds(codes, sizes["num_codes"], catalog.text_fingerprint, "random").save("ids.safetensors")
+        settings += ["--model.model.semantic_ids", "ids.safetensors"]
+    settings += ["--trainer.max_steps", "2", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    settings += ["--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1"]
+    settings += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+    assert main(["fit", "-c", file, *settings, "--run_dir", "run"]) == 0
+
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["model"] == model
+    assert results["steps"] == 2
+    assert results["metrics"]
+    assert all(math.isfinite(value) for value in results["metrics"].values())
+    if "tokenizer" in resolved(name)["model"]["init_args"]:
+        table = SemanticIds.load("run/semantic_ids.safetensors", num_items=24)
+        assert (table.num_levels, table.num_codes) == (own["num_levels"], own["num_codes"])
+    else:
+        assert 0 <= results["metrics"]["val/ndcg@10"] <= 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "ids.safetensors"}
