@@ -37,32 +37,36 @@ def load_results(run: str | Path) -> dict[str, Any]:
 
 
 def rows(runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> list[list[str]]:
-    """One row a run: its name, its model, then each metric unfiltered and without seen items; `-` where it has none.
+    """Two rows a run, over all items and without those a user has seen: run, model, split, then each metric or `-`.
 
     Raises:
         InputError: no run has any of the metrics in that stage; the message names what there is.
     """
-    columns = [f"{column}/{metric}" for column in (stage, f"{stage}-unseen") for metric in metrics]
-    if not any(column in run["metrics"] for run in runs for column in columns):
+    splits = (stage, f"{stage}-unseen")
+    wanted = [f"{split}/{metric}" for split in splits for metric in metrics]
+    if not any(name in run["metrics"] for run in runs for name in wanted):
         known = sorted({name for run in runs for name in run["metrics"]})
         raise InputError(
-            f"none of {columns} in these runs, which have {known}; run `recsys test`, or choose --stage val"
+            f"none of {wanted} in these runs, which have {known}; run `recsys test`, or choose --stage val"
         )
-    values = [[run["metrics"].get(column) for column in columns] for run in runs]
-    shown = [["-" if value is None else f"{value:.4f}" for value in row] for row in values]
-    return [[run["run"], run["model"], *row] for run, row in zip(runs, shown, strict=True)]
+    body = []
+    for run in runs:
+        for split in splits:
+            values = [run["metrics"].get(f"{split}/{metric}") for metric in metrics]
+            body.append([run["run"], run["model"], split, *("-" if v is None else f"{v:.4f}" for v in values)])
+    return body
 
 
-def header(stage: str, metrics: Sequence[str]) -> list[str]:
+def header(metrics: Sequence[str]) -> list[str]:
     """Titles of the columns of `rows`."""
-    return ["run", "model", *(f"{stage} {m}" for m in metrics), *(f"{stage} {m}, unseen" for m in metrics)]
+    return ["run", "model", "split", *metrics]
 
 
 def terminal_table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
     """A table for a terminal."""
     table = Table(title=title)
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < 2 else "right")
+        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
     for row in body:
         table.add_row(*row)
     return table
@@ -78,8 +82,8 @@ def markdown_report(title: str, runs: Sequence[dict[str, Any]], stage: str, metr
     """The comparison with everything needed to judge and repeat it: settings, seed, data, code, hardware, time."""
     parts = [
         f"# {title}",
-        "Unfiltered columns rank the whole catalogue; *unseen* ones first strike the items a user has already met.",
-        markdown_table(header(stage, metrics), rows(runs, stage, metrics)),
+        f"`{stage}` ranks the whole catalogue; `{stage}-unseen` first strikes the items a user has already met.",
+        markdown_table(header(metrics), rows(runs, stage, metrics)),
         "## How it was measured",
         markdown_table(
             ["run", "seed", "epochs", "steps", "parameters", "seconds", "hardware", "data", "text encoder", "code"],

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--title", default="Comparison of runs", help="of the table")
     given = parser.parse_args(list(arguments[1:]))
     results = [load_results(name) for name in given.runs]
-    table = terminal_table(given.title, header(given.stage, given.metrics), rows(results, given.stage, given.metrics))
+    table = terminal_table(given.title, header(given.metrics), rows(results, given.stage, given.metrics))
     Console().print(table)
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)

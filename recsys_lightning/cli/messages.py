@@ -397,7 +397,7 @@ def _unknown_class(schema: _Schema, chain: str, text: str) -> str | None:
     near = closest(name.rpartition(".")[2], list(known))
     kind = bases[0].__name__ if bases else "class"
     ours = [label for label, found in known.items() if found.__module__.startswith("recsys_lightning")]
-    hint = f"; did you mean {near!r}?" if near else _listing("there are", ours or list(known))
+    hint = f"; did you mean {near!r}?" if near else _listing("there are", sorted(ours or known))
     return f"no {kind} {name!r} for {written}{where}{hint}"
 
 

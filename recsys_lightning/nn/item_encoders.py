@@ -14,6 +14,8 @@ from recsys_lightning.errors import InputError
 from recsys_lightning.nn.mlp import MLP
 from recsys_lightning.nn.transformer import Transformer
 
+CHUNK = 256  # texts read at once
+
 
 class ItemEncoder(nn.Module, ABC):
     """Turns item ids into vectors of width D. Built from ``(catalog, dim)``; the settings follow."""
@@ -77,6 +79,7 @@ class TextItemEncoder(ItemEncoder):
 
     tokens: Tensor
     types: Tensor
+    lengths: Tensor
 
     def __init__(
         self,
@@ -130,12 +133,18 @@ class TextItemEncoder(ItemEncoder):
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """(U,) to (U, D)."""
-        tokens, types = self.tokens[item_ids], self.types[item_ids]  # (U, W)
-        mask = tokens != 0
-        width = int(mask.sum(1).max()) if len(tokens) else 1  # short texts need not pay for the longest one
-        tokens, types, mask = tokens[:, :width], types[:, :width], mask[:, :width]
+        if not len(item_ids):
+            return self.position.weight[:0]
+        # Texts of like length are read together: a few long ones would otherwise widen all the others.
+        order = self.lengths[item_ids].argsort()  # (U,)
+        parts = [self._read(part) for part in torch.split(item_ids[order], CHUNK)]
+        return torch.cat(parts)[order.argsort()]
+
+    def _read(self, item_ids: Tensor) -> Tensor:
+        width = int(self.lengths[item_ids].max())
+        tokens, types = self.tokens[item_ids, :width], self.types[item_ids, :width]  # (U, W)
         x = self.widen(self.token(tokens)) + self.position.weight[:width] + self.token_type(types)  # (U, W, D)
-        hidden, _ = self.transformer(self.dropout(x), mask)
+        hidden, _ = self.transformer(self.dropout(x), tokens != 0)
         vectors: Tensor = hidden[:, 0]  # (U, D) at [CLS]
         return vectors
 
@@ -166,6 +175,7 @@ class TextItemEncoder(ItemEncoder):
         for name, lists in (("tokens", rows), ("types", row_types)):
             padded = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], batch_first=True)
             self.register_buffer(name, padded.to(device), persistent=False)
+        self.register_buffer("lengths", (self.tokens != 0).sum(1), persistent=False)  # (I+1,)
 
 
 def _train_vocabulary(columns: list[list[str]], size: int) -> Any:

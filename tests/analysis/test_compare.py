@@ -72,25 +72,24 @@ def test_a_run_is_its_folder_or_its_results_file(folders):
     assert load_results(str(folders[0])) == load_results(folders[0] / "results.json")
 
 
-def test_a_row_has_all_items_first_and_then_unseen_ones_only():
-    head, (cobra, popularity) = header("test", METRICS), rows([COBRA, POPULARITY], "test", METRICS)
-    assert dict(zip(head, cobra, strict=True)) == {
-        "run": "runs/cobra/beauty",
-        "model": "COBRA",
-        "test recall@5": "0.0432",
-        "test ndcg@5": "0.0298",
-        "test recall@5, unseen": "0.0500",
-        "test ndcg@5, unseen": "0.0355",
-    }
-    assert popularity == ["runs/popularity/beauty", "Popularity", "0.0075", "-", "-", "-"]
+def test_a_run_has_a_row_over_all_items_and_one_over_unseen_ones():
+    assert header(METRICS) == ["run", "model", "split", "recall@5", "ndcg@5"]
+    assert rows([COBRA, POPULARITY], "test", METRICS) == [
+        ["runs/cobra/beauty", "COBRA", "test", "0.0432", "0.0298"],
+        ["runs/cobra/beauty", "COBRA", "test-unseen", "0.0500", "0.0355"],
+        ["runs/popularity/beauty", "Popularity", "test", "0.0075", "-"],
+        ["runs/popularity/beauty", "Popularity", "test-unseen", "-", "-"],
+    ]
 
 
 def test_a_metric_of_0_is_a_value_and_not_a_gap():
-    assert rows([{**COBRA, "metrics": {"test/ndcg@5": 0.0}}], "test", ["ndcg@5"])[0][2:] == ["0.0000", "-"]
+    found = rows([{**COBRA, "metrics": {"test/ndcg@5": 0.0}}], "test", ["ndcg@5"])
+    assert [row[3:] for row in found] == [["0.0000"], ["-"]]
 
 
 def test_the_stage_is_the_users_choice():
-    assert [row[2] for row in rows([COBRA, POPULARITY], "val", ["recall@5"])] == ["0.0612", "0.0100"]
+    found = rows([COBRA, POPULARITY], "val", ["recall@5"])
+    assert [row[3] for row in found if row[2] == "val"] == ["0.0612", "0.0100"]
 
 
 def test_an_unknown_metric_names_those_there_are():
@@ -101,8 +100,9 @@ def test_an_unknown_metric_names_those_there_are():
 def test_the_report_says_how_every_number_was_made():
     report = markdown_report("Beauty", [COBRA, POPULARITY], "test", METRICS)
     assert report.startswith("# Beauty\n")
-    metrics, provenance = cells(report, "runs/cobra/beauty")
-    assert metrics[2:] == ["0.0432", "0.0298", "0.0500", "0.0355"]
+    everything, unseen, provenance = cells(report, "runs/cobra/beauty")
+    assert everything[2:] == ["test", "0.0432", "0.0298"]
+    assert unseen[2:] == ["test-unseen", "0.0500", "0.0355"]
     titles = cells(report, "run")[1]
     assert dict(zip(titles, provenance, strict=True)) == {
         "run": "runs/cobra/beauty",
@@ -122,7 +122,7 @@ def test_the_report_says_how_every_number_was_made():
 
 
 def test_the_report_does_without_a_gpu_a_seed_a_text_encoder_and_a_commit():
-    provenance = cells(markdown_report("", [POPULARITY], "test", METRICS), "runs/popularity/beauty")[1]
+    provenance = cells(markdown_report("", [POPULARITY], "test", METRICS), "runs/popularity/beauty")[2]
     assert provenance[1] == "-"
     assert provenance[6] == "1 x 16 CPU cores (x86_64), torch 2.13.0"
     assert provenance[8] == "none"

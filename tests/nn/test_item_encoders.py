@@ -49,6 +49,15 @@ def test_a_long_text_beside_it_does_not_change_an_item(text_encoder):
     torch.testing.assert_close(alone[0], beside[0], atol=1e-6, rtol=1e-5)
 
 
+def test_reading_in_chunks_gives_each_item_its_own_vector(text_encoder, monkeypatch):
+    ids = torch.tensor([9, 2, 30, 17, 5])
+    whole = text_encoder(ids)
+    monkeypatch.setattr("recsys_lightning.nn.item_encoders.CHUNK", 2)
+    torch.testing.assert_close(text_encoder(ids), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([text_encoder(i[None]) for i in ids]), whole, atol=1e-6, rtol=1e-5)
+    assert text_encoder(ids[:0]).shape == (0, 16)
+
+
 def test_word_order_and_fields_matter(catalog):
     """Bidirectional attention with positions and field types: moving a word to another field gives another vector."""
     fields = pl.DataFrame(
