@@ -80,7 +80,12 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
         if name in ("-c", "--config"):
-            found += _read_file(value)
+            try:
+                found += _read_file(value)
+            except RecursionError:
+                raise InputError(
+                    f"{value} includes itself by its key config, straight or through other files"
+                ) from None
         elif name.startswith("--"):
             written = name.removeprefix("--").removesuffix("+")
             found.append(Setting(_short(written), written, value, ""))
@@ -122,7 +127,10 @@ def _settings(node: yaml.Node, key: str, written: str, path: Path) -> Iterator[S
     where = f" ({path}, line {node.start_mark.line + 1})"
     if isinstance(node, yaml.ScalarNode):
         yield Setting(key, written, node.value, where)
-        yield from _sub_file(key, written, node.value, path.parent)
+        if written == "config":  # another file, included
+            yield from _read_file(str(path.parent / node.value))
+        else:
+            yield from _sub_file(key, written, node.value, path.parent)
     elif isinstance(node, yaml.SequenceNode):
         for number, child in enumerate(node.value):
             yield from _settings(child, key, f"{written}[{number}]", path)

@@ -179,6 +179,22 @@ def test_the_line_is_that_of_the_file_with_the_mistake_when_there_are_several(re
     assert f"({second}, line 3)" in error
 
 
+def test_a_mistake_in_an_included_file_is_found_there(recsys, write_yaml, cobra):
+    cobra["data"]["init_args"]["batchsize"] = 3
+    write_yaml(cobra, "base.yaml")
+    outer = write_yaml({"config": "base.yaml", "run_dir": "elsewhere"}, "outer.yaml")
+    error = recsys("fit", "-c", outer).error
+    assert "base.yaml, line" in error
+    assert "did you mean 'data.init_args.batch_size'?" in error
+
+
+def test_a_file_that_includes_itself_or_nothing_is_named(recsys, write_yaml):
+    loop = write_yaml({"config": "loop.yaml"}, "loop.yaml")
+    assert "includes itself" in recsys("fit", "-c", loop).error
+    lost = write_yaml({"config": "nowhere.yaml"}, "lost.yaml")
+    assert "nowhere.yaml: no such file" in recsys("fit", "-c", lost).error
+
+
 def test_a_mistake_in_a_file_for_the_model_is_found_there(recsys, write_yaml, cobra):
     model = write_yaml("class_path: RecommenderModule\ninit_args:\n  warmup_step: 3\n", "model.yaml")
     error = recsys("fit", "-c", write_yaml({**cobra, "model": "model.yaml"})).error
