@@ -78,12 +78,23 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def markdown_report(title: str, runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> str:
-    """The comparison with everything needed to judge and repeat it: settings, seed, data, code, hardware, time."""
+def markdown_report(
+    title: str, command: str, runs: Sequence[dict[str, Any]], head: Sequence[str], body: Sequence[Sequence[str]]
+) -> str:
+    """A comparison with everything needed to judge and repeat it: settings, seed, data, code, hardware, time.
+
+    Args:
+        title: first line.
+        command: the command line that writes this report.
+        runs: the runs, as `load_results` gives them.
+        head: titles of the table.
+        body: rows of the table.
+    """
     parts = [
         f"# {title}",
-        f"`{stage}` ranks the whole catalogue; `{stage}-unseen` first strikes the items a user has already met.",
-        markdown_table(header(metrics), rows(runs, stage, metrics)),
+        f"Written by `{command}`. Exact item ids, the whole catalogue ranked; the splits named *unseen* first strike "
+        "the items a user has already met.",
+        markdown_table(head, body),
         "## How it was measured",
         markdown_table(
             ["run", "seed", "epochs", "steps", "parameters", "seconds", "hardware", "data", "text encoder", "code"],

@@ -1,6 +1,7 @@
 """`recsys compare`."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +16,7 @@ from recsys_lightning.analysis.compare import (
     rows,
     terminal_table,
 )
+from recsys_lightning.analysis.published import TABLE_2, published_rows
 from recsys_lightning.errors import InputError
 
 
@@ -31,10 +33,16 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="also write this Markdown file, with settings and provenance")
     parser.add_argument("--title", default="Comparison of runs", help="of the table")
+    parser.add_argument("--published", choices=sorted(TABLE_2), help="add the paper's rows for a data set")
     given = parser.parse_args(list(arguments[1:]))
+    if given.published and given.stage != "test":
+        parser.error("the paper prints test metrics: --published goes with --stage test")
     results = [load_results(name) for name in given.runs]
-    table = terminal_table(given.title, header(given.metrics), rows(results, given.stage, given.metrics))
-    Console().print(table)
+    head, body = header(given.metrics), rows(results, given.stage, given.metrics)
+    if given.published:
+        body += published_rows(given.published, given.metrics)
+    Console().print(terminal_table(given.title, head, body))
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(markdown_report(given.title, results, given.stage, given.metrics))
+        command = shlex.join(["recsys", *arguments])
+        given.output.write_text(markdown_report(given.title, command, results, head, body))

@@ -19,6 +19,7 @@ def print_statistics(statistics: dict[str, Any]) -> None:
         "train / validation / test": " / ".join(f"{split[name]:,}" for name in ("train", "val", "test")),
     }
     rows |= {f"items with {name}": f"{share:.1%}" for name, share in statistics["text_coverage"].items()}
+    rows["items without any text"] = f"{statistics['items_without_text']:,}"
     rows |= {f"dropped: {reason}": f"{count:,}" for reason, count in statistics["dropped"].items()}
     for file, counts in statistics["rejects"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["rejected"].items())

@@ -22,7 +22,7 @@ from recsys_lightning.files import sync_folder
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the files of a prepared folder change their meaning: older folders are then built again
+FORMAT = 2  # raise it when the files of a prepared folder change their meaning: older folders are then built again
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def _statistics(
 ) -> dict[str, Any]:
     lengths = interactions.lengths
     text = [name for name in fields.columns if name != "item_id"]
+    textless = pl.all_horizontal(pl.col(text).is_null())
     return {
         "users": interactions.num_users,
         "items": interactions.num_items,
@@ -158,6 +159,9 @@ def _statistics(
             "max": int(lengths.max()),
         },
         "text_coverage": {name: 1 - fields.get_column(name).null_count() / len(fields) for name in text},
+        "items_without_text": int(fields.select(pl.all_horizontal(pl.col(text).is_null()).sum()).item())
+        if text
+        else None,
         "dropped": {"exact duplicates": read - unique, "outside the k-core": unique - len(interactions)},
         "rejects": rejects.to_dict(),
     }

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from recsys_lightning.analysis.compare import header, load_results, markdown_report, rows
+from recsys_lightning.analysis.published import TABLE_2, published_rows
 from recsys_lightning.cli import main
 from recsys_lightning.errors import InputError
 
@@ -67,6 +68,10 @@ def cells(report: str, first: str) -> list[list[str]]:
     return [line for line in lines if line[0] == first]
 
 
+def report_of(runs: list[dict], title: str = "Beauty") -> str:
+    return markdown_report(title, "recsys compare x", runs, header(METRICS), rows(runs, "test", METRICS))
+
+
 def test_a_run_is_its_folder_or_its_results_file(folders):
     assert load_results(folders[0]) == COBRA
     assert load_results(str(folders[0])) == load_results(folders[0] / "results.json")
@@ -98,7 +103,7 @@ def test_an_unknown_metric_names_those_there_are():
 
 
 def test_the_report_says_how_every_number_was_made():
-    report = markdown_report("Beauty", [COBRA, POPULARITY], "test", METRICS)
+    report = report_of([COBRA, POPULARITY])
     assert report.startswith("# Beauty\n")
     everything, unseen, provenance = cells(report, "runs/cobra/beauty")
     assert everything[2:] == ["test", "0.0432", "0.0298"]
@@ -122,7 +127,7 @@ def test_the_report_says_how_every_number_was_made():
 
 
 def test_the_report_does_without_a_gpu_a_seed_a_text_encoder_and_a_commit():
-    provenance = cells(markdown_report("", [POPULARITY], "test", METRICS), "runs/popularity/beauty")[2]
+    provenance = cells(report_of([POPULARITY]), "runs/popularity/beauty")[2]
     assert provenance[1] == "-"
     assert provenance[6] == "1 x 16 CPU cores (x86_64), torch 2.13.0"
     assert provenance[8] == "none"
@@ -140,7 +145,26 @@ def test_compare_prints_a_table_and_writes_the_report(folders, tmp_path, capsys)
     printed = capsys.readouterr().out
     for word in ("Beauty", "COBRA", "Popularity", "0.0432", "0.0075", "-"):
         assert word in printed
-    assert output.read_text() == markdown_report("Beauty", [COBRA, POPULARITY], "test", METRICS)
+    written = output.read_text()
+    assert written.replace(f"recsys {' '.join(command)}", "recsys compare x") == report_of([COBRA, POPULARITY])
+
+
+def test_published_rows_stand_below_ours(folders, capsys):
+    assert main(["compare", str(folders[0]), "--metrics", "recall@5", "recall@50", "--published", "beauty"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.0432" in printed
+    assert "0.0537" in printed  # COBRA's Recall@5 in the paper
+    assert published_rows("beauty", ["recall@5", "recall@50"])[-1][1:] == ["COBRA", "test", "0.0537", "-"]
+
+
+def test_the_papers_own_gains_over_tiger_follow_from_the_published_rows():
+    """The paper's text: +18.3 % Recall@5 on Beauty, +15.5 % on Sports, +18.8 % on Toys over TIGER."""
+    gains = {name: rows["COBRA"][0] / rows["TIGER"][0] - 1 for name, rows in TABLE_2.items()}
+    assert {name: round(100 * gain, 1) for name, gain in gains.items()} == {
+        "beauty": 18.3,
+        "sports": 15.5,
+        "toys": 18.8,
+    }
 
 
 def test_compare_reads_one_run_and_another_stage(folders, capsys):
@@ -166,9 +190,19 @@ def break_file(text: str):
         (break_file('{"run": "x"}'), "", "{file} holds no metrics"),
         (lambda folder: None, "--metrics recall@7", "none of ['test/recall@7', 'test-unseen/recall@7'] in these runs"),
         (lambda folder: None, "--stage train", "compare: argument --stage: invalid choice: 'train'"),
+        (lambda folder: None, "--stage val --published toys", "compare: the paper prints test metrics"),
         (lambda folder: None, "--metrik recall@5", "compare: unrecognized arguments: --metrik"),
     ],
-    ids=["no results", "cut off", "another JSON", "no metrics", "no such metric", "no such stage", "no such option"],
+    ids=[
+        "no results",
+        "cut off",
+        "another JSON",
+        "no metrics",
+        "no such metric",
+        "no such stage",
+        "published",
+        "no such option",
+    ],
 )
 def test_compare_says_what_is_wrong_on_one_line(folders, capsys, change, options, says):
     change(folders[0])

@@ -238,7 +238,8 @@ def test_statistics_are_json_and_add_up(cache):
     module = ready(cache, encoder=TfidfSVD(dim=4))
     statistics = json.loads(json.dumps(module.statistics()))
     assert statistics.keys() == {
-        *("users", "items", "interactions", "density", "length", "text_coverage", "dropped", "rejects"),
+        *("users", "items", "interactions", "density", "length", "text_coverage"),
+        *("items_without_text", "dropped", "rejects"),
         *("split", "text_encoder", "text_width"),
     }
     assert sum(statistics["split"].values()) == statistics["interactions"]

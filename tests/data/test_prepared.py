@@ -85,10 +85,13 @@ def test_statistics_are_plain_values_worked_out_by_hand(raw, cache):
         "density": 1.0,
         "length": {"mean": 2.0, "median": 2.0, "min": 2, "max": 2},
         "text_coverage": {"title": 1.0},
+        "items_without_text": 0,
         "dropped": {"exact duplicates": 1, "outside the k-core": 1},
         "rejects": {"log.txt": {"read": 6, "kept": 6, "rejected": {}, "examples": []}},
     }
-    assert prepare(Lines(), raw, cache, core=0).statistics["text_coverage"] == {"title": pytest.approx(2 / 3)}
+    everything = prepare(Lines(), raw, cache, core=0).statistics
+    assert everything["text_coverage"] == {"title": pytest.approx(2 / 3)}
+    assert everything["items_without_text"] == 1
 
 
 def test_the_second_run_reads_nothing(raw, cache):
