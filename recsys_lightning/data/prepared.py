@@ -146,7 +146,7 @@ def _statistics(
 ) -> dict[str, Any]:
     lengths = interactions.lengths
     text = [name for name in fields.columns if name != "item_id"]
-    textless = pl.all_horizontal(pl.col(text).is_null())
+    textless = len(fields.filter(pl.all_horizontal(pl.col(text).is_null()))) if text else len(fields)
     return {
         "users": interactions.num_users,
         "items": interactions.num_items,
@@ -159,9 +159,7 @@ def _statistics(
             "max": int(lengths.max()),
         },
         "text_coverage": {name: 1 - fields.get_column(name).null_count() / len(fields) for name in text},
-        "items_without_text": int(fields.select(pl.all_horizontal(pl.col(text).is_null()).sum()).item())
-        if text
-        else None,
+        "items_without_text": textless,
         "dropped": {"exact duplicates": read - unique, "outside the k-core": unique - len(interactions)},
         "rejects": rejects.to_dict(),
     }
