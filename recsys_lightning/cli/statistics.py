@@ -26,7 +26,8 @@ def print_statistics(statistics: dict[str, Any]) -> None:
         rows[f"raw: {file}"] = "\n".join(
             [f"{counts['read']:,} lines read, rejected: {reasons or 'none'}", *counts["examples"]]
         )
-    rows["text encoder"] = f"{statistics['text_encoder']}, width {statistics['text_width']}"
+    encoder, width = statistics["text_encoder"], statistics["text_width"]
+    rows["text encoder"] = f"{encoder}, width {width}" if encoder else "none"
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
