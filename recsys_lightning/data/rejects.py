@@ -7,6 +7,7 @@ from typing import Any, Self
 from recsys_lightning.errors import InputError
 
 NUM_EXAMPLES = 5
+MAX_EXCERPT = 60  # characters
 
 
 class RejectLog:
@@ -130,3 +131,24 @@ class RejectLog:
 def _rounded_up(share: float) -> float:
     """The share with four decimals, never below the one given."""
     return math.ceil(share * 10_000) / 10_000
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a file can hold the text: lone surrogates, which stand for undecodable bytes, cannot be written."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def excerpt(value: object) -> str:
+    """A rejected value, or what an exception says of it, on one short line."""
+    try:
+        text = " ".join(str(value).split()) if isinstance(value, BaseException) else ascii(value)
+    except (ValueError, RecursionError, MemoryError):  # an integer of more than 4,300 digits cannot be written
+        text = ""
+    text = text or type(value).__name__
+    return text if len(text) <= MAX_EXCERPT else text[:MAX_EXCERPT] + "..."

@@ -15,6 +15,7 @@ from recsys_lightning.errors import InputError
 from recsys_lightning.metrics.ranking import count_relevant, hits, ranking_metrics
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.retrieval.recommendations import Recommendations
+from recsys_lightning.training.objective import log_losses
 from recsys_lightning.training.optimizers import Schedule, build_optimizer
 
 
@@ -73,14 +74,7 @@ class RecommenderModule(L.LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor | None:
         """The sum of the model's losses; each is logged by name, and so is the sum."""
-        losses = self.built.losses(batch)
-        if not losses:
-            return None
-        total = torch.stack(list(losses.values())).sum()
-        values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
-        self.log("train/loss", total.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
-        return total
+        return log_losses(self, self.built.losses(batch), len(batch))
 
     def on_validation_epoch_start(self) -> None:
         """Encode the catalogue once."""

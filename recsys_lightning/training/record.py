@@ -38,6 +38,7 @@ class RunRecord(SaveConfigCallback):
         """Note the time and save the configuration."""
         self.started = time.perf_counter()
         self.validated: dict[str, float] = {}
+        self.code = code_fingerprint()  # now: the files may be edited while the run goes on
         if not trainer.is_global_zero:
             return
         self.config_values = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -91,7 +92,7 @@ class RunRecord(SaveConfigCallback):
             "seconds": round(sum(seconds.values()), 2),
             "seconds_by_command": seconds,
             "hardware": _hardware(trainer),
-            "code": code_fingerprint(),
+            "code": self.code,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": self.config_values,
         }

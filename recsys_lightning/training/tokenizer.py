@@ -15,6 +15,7 @@ from torch import Tensor
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.semantic_ids.table import CollisionReport, SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
+from recsys_lightning.training.objective import log_losses
 from recsys_lightning.training.optimizers import Schedule, build_optimizer
 
 FILE_NAME = "semantic_ids.safetensors"
@@ -79,14 +80,7 @@ class TokenizerModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
-        losses = self.built.losses(batch)
-        if not losses:
-            return None
-        total = torch.stack(list(losses.values())).sum()
-        values = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
-        self.log("train/loss", total.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch))
-        return total
+        return log_losses(self, self.built.losses(batch), len(batch))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the losses on a part of the catalogue."""

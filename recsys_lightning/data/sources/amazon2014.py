@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from recsys_lightning.data.download import download
-from recsys_lightning.data.rejects import RejectLog
+from recsys_lightning.data.rejects import RejectLog, excerpt, is_unicode
 from recsys_lightning.data.sources.source import RawData, Source
 from recsys_lightning.errors import InputError
 
@@ -64,7 +64,6 @@ MAX_LINE_BYTES = 2 * 2**20
 MAX_TIME_S = 4_102_444_800  # the year 2100: what lies beyond is milliseconds or nonsense
 
 _LINES_PER_UPDATE = 4096
-_MAX_DETAIL = 60
 
 
 class Amazon2014(Source):
@@ -264,7 +263,7 @@ def _text(line: bytes) -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
-        raise _RejectedError("duplicate key", _short([key for key, _ in pairs]))
+        raise _RejectedError("duplicate key", excerpt([key for key, _ in pairs]))
     return record
 
 
@@ -280,7 +279,7 @@ def _parse_json(text: str) -> dict[str, Any]:
     try:
         record = _JSON.decode(text)
     except (ValueError, RecursionError) as error:
-        raise _RejectedError("broken JSON", _short_message(error)) from None
+        raise _RejectedError("broken JSON", excerpt(error)) from None
     return _mapping(record)
 
 
@@ -289,9 +288,9 @@ def _parse_literal(text: str) -> dict[str, Any]:
         tree = ast.parse(text, mode="eval")
         record = _mapping(ast.literal_eval(tree))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise _RejectedError("not a Python literal", _short_message(error)) from None
+        raise _RejectedError("not a Python literal", excerpt(error)) from None
     if isinstance(tree.body, ast.Dict) and len(tree.body.keys) != len(record):
-        raise _RejectedError("duplicate key", _short(list(record)))
+        raise _RejectedError("duplicate key", excerpt(list(record)))
     return record
 
 
@@ -306,11 +305,11 @@ def _id(record: dict[str, Any], field: str) -> str:
         raise _RejectedError(f"no {field}")
     value = record[field]
     if not isinstance(value, str):
-        raise _RejectedError(f"{field} is not a string", _short(value))
+        raise _RejectedError(f"{field} is not a string", excerpt(value))
     if not value.strip():
         raise _RejectedError(f"empty {field}")
-    if not _is_unicode(value):
-        raise _RejectedError(f"{field} is not valid Unicode", _short(value))
+    if not is_unicode(value):
+        raise _RejectedError(f"{field} is not valid Unicode", excerpt(value))
     return value
 
 
@@ -319,16 +318,16 @@ def _time(record: dict[str, Any]) -> int:
         raise _RejectedError("no unixReviewTime")
     value = record["unixReviewTime"]
     if type(value) is not int:  # a bool is an int to isinstance
-        raise _RejectedError("unixReviewTime is not an integer", _short(value))
+        raise _RejectedError("unixReviewTime is not an integer", excerpt(value))
     if not 0 < value < MAX_TIME_S:
-        raise _RejectedError("unixReviewTime out of range", _short(value))
+        raise _RejectedError("unixReviewTime out of range", excerpt(value))
     return value
 
 
 def _string(record: dict[str, Any], field: str) -> str | None:
     value = record.get(field)
     if value is not None and not isinstance(value, str):
-        raise _RejectedError(f"{field} is not a string", _short(value))
+        raise _RejectedError(f"{field} is not a string", excerpt(value))
     return _clean(value) if value else None
 
 
@@ -339,7 +338,7 @@ def _paths(record: dict[str, Any]) -> str | None:
         return None
     is_paths = isinstance(value, list) and all(isinstance(path, list) for path in value)
     if not is_paths or not all(isinstance(part, str) for path in value for part in path):
-        raise _RejectedError("categories is not a list of lists of strings", _short(value))
+        raise _RejectedError("categories is not a list of lists of strings", excerpt(value))
     paths = (" > ".join(filter(None, map(_clean, path))) for path in value)
     return "; ".join(dict.fromkeys(filter(None, paths))) or None
 
@@ -349,37 +348,14 @@ def _price(record: dict[str, Any]) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _RejectedError("price is not a number", _short(value))
+        raise _RejectedError("price is not a number", excerpt(value))
     if not 0 <= value < 1e12 or not math.isfinite(value):
-        raise _RejectedError("price out of range", _short(value))
+        raise _RejectedError("price out of range", excerpt(value))
     return f"{value:.2f}"
 
 
 def _clean(text: str) -> str | None:
     text = " ".join(html.unescape(text).split())
-    if not _is_unicode(text):  # half a surrogate pair, which no file can hold: keep the rest of the text
+    if not is_unicode(text):  # half a surrogate pair, which no file can hold: keep the rest of the text
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return text or None
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _short(value: object) -> str:
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError, MemoryError):  # an integer of more than 4,300 digits cannot be written
-        text = type(value).__name__
-    return text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "..."
-
-
-def _short_message(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "..."

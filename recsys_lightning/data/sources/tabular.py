@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 
 import polars as pl
 
-from recsys_lightning.data.rejects import RejectLog
+from recsys_lightning.data.rejects import RejectLog, excerpt, is_unicode
 from recsys_lightning.data.sources.source import RawData, Source
 from recsys_lightning.errors import InputError
 
@@ -24,7 +24,6 @@ MAX_FIELD_CHARACTERS = 2**24
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _MICROSECONDS = 1_000_000
 _PLACE = "__place"  # where a row stands in its file
-_MAX_DETAIL = 60
 
 
 class Tabular(Source):
@@ -181,7 +180,7 @@ def _keep_usable(table: pl.DataFrame, reason: pl.Expr, path: Path, rejects: Reje
     for row in table.filter(pl.col("__reason").is_not_null()).iter_rows(named=True):
         place, why = row.pop(_PLACE), row.pop("__reason")
         row.pop("__time", None)
-        rejects.reject(path.name, place, why, _short(row))
+        rejects.reject(path.name, place, why, excerpt(row))
     kept = table.filter(pl.col("__reason").is_null())
     rejects.keep(path.name, kept.height)
     return kept
@@ -348,7 +347,7 @@ def _csv_rows(path: Path, rejects: RejectLog) -> Iterator[tuple[str, list[str]]]
                     # Each line that it spans counts: a stray quote that swallows half the file is not one bad row.
                     lines = reader.line_num - first + 1
                     rejects.read(path.name, lines)
-                    rejects.reject(path.name, first, reason, _short(row), count=lines)
+                    rejects.reject(path.name, first, reason, excerpt(row), count=lines)
                     continue
                 yield str(first), row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -362,19 +361,9 @@ def _csv_reason(row: list[str], width: int | None) -> str | None:
         return "blank line"
     if width is not None and len(row) != width:
         return f"{len(row)} fields instead of {width}"
-    if not all(map(_is_unicode, row)):
+    if not all(map(is_unicode, row)):
         return "not UTF-8"
     return None
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -382,8 +371,3 @@ def _open_text(path: Path) -> IO[str]:
     if path.name.endswith(".gz"):
         return cast(IO[str], gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "..."
