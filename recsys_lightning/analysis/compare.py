@@ -37,7 +37,7 @@ def load_results(run: str | Path) -> dict[str, Any]:
 
 
 def rows(runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> list[list[str]]:
-    """Two rows a run, over all items and without those a user has seen: run, model, split, then each metric or `-`.
+    """A row a run over all items, and one without those a user has seen: run, model, split, then each metric or `-`.
 
     Raises:
         InputError: no run has any of the metrics in that stage; the message names what there is.
@@ -53,6 +53,8 @@ def rows(runs: Sequence[dict[str, Any]], stage: str, metrics: Sequence[str]) -> 
     for run in runs:
         for split in splits:
             values = [run["metrics"].get(f"{split}/{metric}") for metric in metrics]
+            if split != stage and not any(value is not None for value in values):
+                continue  # tokenizers have no users who have seen anything
             body.append([run["run"], run["model"], split, *("-" if v is None else f"{v:.4f}" for v in values)])
     return body
 
@@ -79,7 +81,12 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_report(
-    title: str, command: str, runs: Sequence[dict[str, Any]], head: Sequence[str], body: Sequence[Sequence[str]]
+    title: str,
+    command: str,
+    runs: Sequence[dict[str, Any]],
+    head: Sequence[str],
+    body: Sequence[Sequence[str]],
+    remarks: Sequence[str] = (),
 ) -> str:
     """A comparison with everything needed to judge and repeat it: settings, seed, data, code, hardware, time.
 
@@ -89,12 +96,14 @@ def markdown_report(
         runs: the runs, as `load_results` gives them.
         head: titles of the table.
         body: rows of the table.
+        remarks: lines below the table.
     """
     parts = [
         f"# {title}",
         f"Written by `{command}`. Exact item ids, the whole catalogue ranked; the splits named *unseen* first strike "
         "the items a user has already met.",
         markdown_table(head, body),
+        *remarks,
         "## How it was measured",
         markdown_table(
             ["run", "seed", "epochs", "steps", "parameters", "seconds", "hardware", "data", "text encoder", "code"],

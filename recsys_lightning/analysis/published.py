@@ -3,6 +3,8 @@
 Source: COBRA (arXiv:2503.02453) Table 2. All rows but COBRA's are the ones TIGER (arXiv:2305.05065) printed before.
 """
 
+from typing import Any
+
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
 TABLE_2: dict[str, dict[str, tuple[float, float, float, float]]] = {
@@ -25,6 +27,16 @@ TABLE_2: dict[str, dict[str, tuple[float, float, float, float]]] = {
         "COBRA": (0.0619, 0.0462, 0.0781, 0.0515),
     },
 }
+
+
+def standing(run: dict[str, Any], dataset: str) -> str:
+    """One line: how much of the paper's COBRA a run's unfiltered test metrics reach."""
+    shares = [
+        f"{metric} {run['metrics'][f'test/{metric}'] / value:.0%}"
+        for metric, value in zip(METRICS, TABLE_2[dataset]["COBRA"], strict=True)
+        if f"test/{metric}" in run["metrics"]
+    ]
+    return f"`{run['run']}` reaches this share of COBRA's row in the paper: {', '.join(shares)}."
 
 
 def published_rows(dataset: str, metrics: list[str]) -> list[list[str]]:

@@ -16,7 +16,7 @@ from recsys_lightning.analysis.compare import (
     rows,
     terminal_table,
 )
-from recsys_lightning.analysis.published import TABLE_2, published_rows
+from recsys_lightning.analysis.published import TABLE_2, published_rows, standing
 from recsys_lightning.errors import InputError
 
 
@@ -39,10 +39,12 @@ def run(arguments: Sequence[str]) -> None:
         parser.error("the paper prints test metrics: --published goes with --stage test")
     results = [load_results(name) for name in given.runs]
     head, body = header(given.metrics), rows(results, given.stage, given.metrics)
+    remarks: list[str] = []
     if given.published:
         body += published_rows(given.published, given.metrics)
+        remarks = [standing(result, given.published) for result in results]
     Console().print(terminal_table(given.title, head, body))
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["recsys", *arguments])
-        given.output.write_text(markdown_report(given.title, command, results, head, body))
+        given.output.write_text(markdown_report(given.title, command, results, head, body, remarks))
