@@ -165,3 +165,16 @@ def test_an_experiment_takes_two_steps_and_a_validation(name, cache, tmp_path, m
     else:
         assert 0 <= results["metrics"]["val/ndcg@10"] <= 1
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "ids.safetensors"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_testing_before_training_names_the_command_to_run(name, tmp_path, capsys):
+    assert main(["test", "-c", f"experiments/{name}", f"--run_dir={tmp_path}"]) == 2
+    expected = f"no checkpoint {tmp_path}/checkpoints/best.ckpt: train first with `recsys fit -c experiments/{name}`"
+    assert capsys.readouterr().err.startswith(f"recsys: error: {expected}")
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user stands: experiment files are named from the root."""
+    monkeypatch.chdir(ROOT)

@@ -175,7 +175,9 @@ class RecsysCLI(LightningCLI):
         if self.subcommand in NEED_CHECKPOINT and config.ckpt_path is None:
             config.ckpt_path = str(_checkpoint_folder(config.run_dir) / "best.ckpt")
         if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-            command = " ".join(["recsys fit", *(f"-c {path}" for path in config.config or [])])
+            # From the command line: the parsed configuration loses its files where one holds a ${...}.
+            words = zip(self.arguments, self.arguments[1:], strict=False)
+            command = " ".join(["recsys fit", *(f"-c {path}" for flag, path in words if flag in ("-c", "--config"))])
             raise InputError(
                 f"no checkpoint {config.ckpt_path}: train first with `{command}`, or name one with --ckpt_path"
             )
