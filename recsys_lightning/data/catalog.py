@@ -53,6 +53,11 @@ class Catalog:
         return torch.from_numpy(np.array(self._text().vectors, dtype=np.float32))
 
     @property
+    def text_width(self) -> int:
+        """D of the item embeddings."""
+        return int(self._text().vectors.shape[1])
+
+    @property
     def text_fingerprint(self) -> str:
         """Fingerprint of the item embeddings: semantic IDs made from other embeddings are refused by it."""
         return self._text().fingerprint

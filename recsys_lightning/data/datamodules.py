@@ -1,9 +1,8 @@
 """Lightning data modules: a source and its settings in, batches out."""
 
-import logging
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import numpy as np
@@ -21,7 +20,7 @@ from recsys_lightning.data.sources import Source
 from recsys_lightning.data.text import compose_texts, embed_texts, find_embeddings
 from recsys_lightning.errors import InputError
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TEMPLATE = ("{title}", "Brand: {brand}", "Categories: {categories}", "Price: {price}", "{description}")
 
@@ -68,18 +67,18 @@ class CatalogDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, read, clean, number and embed whatever is not cached yet."""
-        data = prepare(self.source, self.raw_dir, self.cache_dir, self.k_core)
+        self._prepared()
         if self.encoder is not None:
-            embed_texts(self._texts(data), self.encoder, self.cache_dir)
+            embed_texts(self._texts(), self.encoder, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared data."""
         if self._catalog is not None:
             return
-        self._data = data = prepare(self.source, self.raw_dir, self.cache_dir, self.k_core)
+        data = self._prepared()
         text = None
         if self.encoder is not None:
-            text = find_embeddings(self._texts(data), self.encoder, self.cache_dir)
+            text = find_embeddings(self._texts(), self.encoder, self.cache_dir)
             if text is None:
                 raise InputError(f"no item embeddings in {self.cache_dir}: run `recsys prepare` on this machine first")
         self._split = leave_one_out(data.interactions)
@@ -90,9 +89,8 @@ class CatalogDataModule(L.LightningDataModule):
     @property
     def data(self) -> PreparedData:
         """The prepared data; available after `setup`."""
-        if self._data is None:
-            raise RuntimeError("call prepare_data() and setup() first")
-        return self._data
+        self.catalog  # noqa: B018 - says what to do if setup has not run
+        return self._prepared()
 
     @property
     def catalog(self) -> Catalog:
@@ -118,15 +116,29 @@ class CatalogDataModule(L.LightningDataModule):
             "text_width": text.vectors.shape[1] if text else None,
         }
 
-    def _sampler(self, lengths: IntArray, batch_size: int, shuffle: bool) -> BucketSampler:
-        """The batches of this process, of rows of such lengths."""
+    def _batches(self, dataset: Dataset[T], lengths: IntArray, batch_size: int, shuffle: bool) -> DataLoader[T]:
+        """This process's batches of a data set whose rows have such lengths."""
         # PL_GLOBAL_SEED is what seed_everything has set, the same in all processes of a run.
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        return BucketSampler(lengths, batch_size, shuffle, seed, rank=_rank(), world_size=_world_size())
+        sampler = BucketSampler(lengths, batch_size, shuffle, seed, rank=_rank(), world_size=_world_size())
+        # The sampler yields whole batches and the dataset answers with one: nothing is collated.
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
 
-    def _texts(self, data: PreparedData) -> list[str]:
+    def _prepared(self) -> PreparedData:
+        # Kept, since to find it the raw files are hashed.
+        if self._data is None:
+            self._data = prepare(self.source, self.raw_dir, self.cache_dir, self.k_core)
+        return self._data
+
+    def _texts(self) -> list[str]:
         if self._composed is None:
-            self._composed = compose_texts(data.fields.drop("item_id"), self.template)
+            self._composed = compose_texts(self._prepared().fields.drop("item_id"), self.template)
         return self._composed
 
 
@@ -198,15 +210,7 @@ class SequenceDataModule(CatalogDataModule):
                 f"no user has enough interactions for the {stage} split; lower --data.k_core or give more data"
             )
         size = self.batch_size if stage == "train" else self.eval_batch_size
-        sampler = self._sampler(dataset.lengths, size, shuffle=stage == "train")
-        # The sampler yields whole batches and the dataset answers with one: nothing is collated.
-        return DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self._batches(dataset, dataset.lengths, size, shuffle=stage == "train")
 
 
 class ItemDataModule(CatalogDataModule):
@@ -253,15 +257,7 @@ class ItemDataModule(CatalogDataModule):
 
     def _loader(self, shuffle: bool) -> DataLoader[Tensor]:
         dataset = _Rows(self.catalog.text_embeddings()[1:])
-        lengths = np.ones(len(dataset), dtype=np.int64)
-        sampler = self._sampler(lengths, self.batch_size, shuffle)
-        return DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self._batches(dataset, np.ones(len(dataset), dtype=np.int64), self.batch_size, shuffle)
 
 
 class _Rows(Dataset[Tensor]):

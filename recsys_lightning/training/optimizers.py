@@ -6,6 +6,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from recsys_lightning.errors import InputError
+
 Schedule = Literal["constant", "cosine"]
 
 
@@ -16,6 +18,16 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def check_warmup(warmup_steps: int) -> None:
+    """Refuse a warm-up of a negative length.
+
+    Raises:
+        InputError: it is below 0.
+    """
+    if warmup_steps < 0:
+        raise InputError(f"model.warmup_steps={warmup_steps} must be 0 or more")
 
 
 def build_optimizer(

@@ -16,7 +16,7 @@ from recsys_lightning.metrics.ranking import count_relevant, hits, ranking_metri
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.retrieval.recommendations import Recommendations
 from recsys_lightning.training.objective import log_losses
-from recsys_lightning.training.optimizers import Schedule, build_optimizer
+from recsys_lightning.training.optimizers import Schedule, build_optimizer, check_warmup
 
 
 class RecommenderModule(L.LightningModule):
@@ -44,8 +44,7 @@ class RecommenderModule(L.LightningModule):
         super().__init__()
         if not ks or min(ks) < 1:
             raise InputError(f"model.ks={list(ks)} must be cut-offs of 1 or more")
-        if warmup_steps < 0:
-            raise InputError(f"model.warmup_steps={warmup_steps} must be 0 or more")
+        check_warmup(warmup_steps)
         self.build_model, self.optimizer, self.schedule, self.warmup_steps = model, optimizer, schedule, warmup_steps
         self.ks = ks
         self.recommender: Recommender | None = None

@@ -1,5 +1,6 @@
 """One LightningModule for every item tokenizer: it learns, then writes the semantic IDs of the whole catalogue."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.semantic_ids.table import CollisionReport, SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
 from recsys_lightning.training.objective import log_losses
-from recsys_lightning.training.optimizers import Schedule, build_optimizer
+from recsys_lightning.training.optimizers import Schedule, build_optimizer, check_warmup
+
+_log = logging.getLogger(__name__)
 
 FILE_NAME = "semantic_ids.safetensors"
 
@@ -43,19 +45,15 @@ class TokenizerModule(L.LightningModule):
         warmup_steps: int = 0,
     ):
         super().__init__()
-        self.build_tokenizer, self.optimizer, self.schedule, self.warmup_steps = (
-            tokenizer,
-            optimizer,
-            schedule,
-            warmup_steps,
-        )
+        check_warmup(warmup_steps)
+        self.build_tokenizer, self.optimizer = tokenizer, optimizer
+        self.schedule, self.warmup_steps = schedule, warmup_steps
         self.tokenizer: ItemTokenizer | None = None
-        self._loss: list[Tensor] = []
 
     def configure_model(self) -> None:
         """Build the tokenizer as soon as the data module can say how wide the embeddings are."""
         if self.tokenizer is None:
-            self.tokenizer = self.build_tokenizer(self._catalog.text_embeddings().shape[1])
+            self.tokenizer = self.build_tokenizer(self._catalog.text_width)
 
     @property
     def built(self) -> ItemTokenizer:
@@ -109,7 +107,7 @@ class TokenizerModule(L.LightningModule):
         ids = self.semantic_ids()
         path = Path(self.trainer.default_root_dir) / FILE_NAME
         ids.save(path)
-        rank_zero_info(f"wrote {path}: {describe(ids.collision_report())}")
+        _log.info("wrote %s: %s", path, describe(ids.collision_report()))
 
     def semantic_ids(self) -> SemanticIds:
         """The table of the whole catalogue as the tokenizer stands now."""

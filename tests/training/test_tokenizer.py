@@ -8,9 +8,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from recsys_lightning.data.datamodules import ItemDataModule
 from recsys_lightning.data.encoders import TfidfSVD
 from recsys_lightning.data.sources import Synthetic
+from recsys_lightning.errors import InputError
+from recsys_lightning.models.popularity import Popularity
 from recsys_lightning.models.rqvae import RQVAE
 from recsys_lightning.semantic_ids.residual_kmeans import ResidualKMeans
 from recsys_lightning.semantic_ids.table import SemanticIds
+from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.tokenizer import FILE_NAME, TokenizerModule
 
 
@@ -81,3 +84,17 @@ def test_a_resumed_fit_does_not_start_its_codebooks_anew(data, tmp_path, monkeyp
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     again.fit(TokenizerModule(TOKENIZERS["rqvae"]), data, ckpt_path=str(tmp_path / "best.ckpt"), weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda steps: TokenizerModule(TOKENIZERS["rqvae"], warmup_steps=steps),
+        lambda steps: RecommenderModule(Popularity, warmup_steps=steps),
+    ],
+    ids=["tokenizer", "recommender"],
+)
+def test_a_negative_warm_up_is_refused(build):
+    build(0)
+    with pytest.raises(InputError, match=r"model.warmup_steps=-1 must be 0 or more"):
+        build(-1)
