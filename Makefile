@@ -18,10 +18,10 @@ TORCH_cpu := torch==2.13.0
 TORCH_gpu := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo test test-slow check format bench-evaluation bench-retrieval clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make the virtual environment and install everything in it
 
@@ -51,6 +51,13 @@ check: $(STAMP) ## what has to hold before a change lands: lint, format, types, 
 format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The runs that these need: `recsys fit` with experiments/rqvae/beauty_cpu.yaml, then experiments/cobra/beauty_cpu.yaml.
+bench-evaluation: $(STAMP) ## what an evaluation costs, on the Beauty files and with a trained COBRA
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/evaluation.py experiments/cobra/beauty_cpu.yaml --cobra runs/cobra/beauty_cpu
+
+bench-retrieval: $(STAMP) ## latency and recall of indexes, one query a user to 64 (half an hour)
+	$(BIN)/recsys benchmark retrieval --output experiments/results/retrieval_latency.md
 
 clean: ## remove runs, caches and the virtual environment (raw files and results stay)
 	rm -rf $(VENV) runs cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

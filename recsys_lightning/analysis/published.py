@@ -3,7 +3,9 @@
 Source: COBRA (arXiv:2503.02453) Table 2. All rows but COBRA's are the ones TIGER (arXiv:2305.05065) printed before.
 """
 
-from typing import Any
+from collections.abc import Sequence
+
+from recsys_lightning.analysis.compare import Group, Row, Score
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
@@ -29,21 +31,21 @@ TABLE_2: dict[str, dict[str, tuple[float, float, float, float]]] = {
 }
 
 
-def standing(run: dict[str, Any], dataset: str) -> str:
-    """One line: how much of the paper's COBRA a run's unfiltered test metrics reach."""
+def standing(group: Group, dataset: str) -> str:
+    """One line: how much of the paper's COBRA a row's unfiltered test metrics reach; empty if it has none of them."""
     shares = [
-        f"{metric} {run['metrics'][f'test/{metric}'] / value:.0%}"
+        f"{metric} {score.mean / value:.0%}"
         for metric, value in zip(METRICS, TABLE_2[dataset]["COBRA"], strict=True)
-        if f"test/{metric}" in run["metrics"]
+        if (score := group.score(f"test/{metric}"))
     ]
-    return f"`{run['run']}` reaches this share of COBRA's row in the paper: {', '.join(shares)}."
+    return f"`{group.name}` reaches this share of COBRA's row in the paper: {', '.join(shares)}." if shares else ""
 
 
-def published_rows(dataset: str, metrics: list[str]) -> list[list[str]]:
-    """Rows for a comparison of test metrics: source, method, split, then each metric or `-` where none was printed."""
-    body = []
+def published_rows(dataset: str, metrics: Sequence[str]) -> list[Row]:
+    """Rows for a comparison of test metrics; a metric that was not printed has no score."""
+    rows = []
     for method, values in TABLE_2[dataset].items():
         printed = dict(zip(METRICS, values, strict=True))
-        shown = [f"{printed[metric]:.4f}" if metric in printed else "-" for metric in metrics]
-        body.append(["arXiv:2503.02453 Table 2", method, "test", *shown])
-    return body
+        scores = tuple(Score((printed[metric],)) if metric in printed else None for metric in metrics)
+        rows.append(Row("arXiv:2503.02453 Table 2", method, "test", None, scores))
+    return rows

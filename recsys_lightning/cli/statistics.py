@@ -1,9 +1,13 @@
-"""The table that `recsys prepare` prints."""
+"""The tables that `recsys prepare`, `validate` and `test` print."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from recsys_lightning.analysis.compare import DEFAULT_METRICS
 
 
 def print_statistics(statistics: dict[str, Any]) -> None:
@@ -30,4 +34,29 @@ def print_statistics(statistics: dict[str, Any]) -> None:
     rows["text encoder"] = f"{encoder}, width {width}" if encoder else "none"
     for name, value in rows.items():
         table.add_row(name, value)
+    Console().print(table)
+
+
+def print_metrics(metrics: Mapping[str, float], where: Path) -> None:
+    """Print the headline of an evaluation, one line a split or slice; `where` holds all of it.
+
+    Args:
+        metrics: by name, e.g. ``test/recall@10``, ``test-unseen/tail/ndcg@5``, ``test/gini@10``.
+        where: the file that holds them all.
+    """
+    lines: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        group, _, metric = name.rpartition("/")
+        lines.setdefault(group, {})[metric] = value
+    shown = [name for name in DEFAULT_METRICS if any(name in values for values in lines.values())]
+    shown = shown or sorted({name for values in lines.values() for name in values if name.startswith("recall@")})
+    # A tokenizer has no ranking metrics: then everything is the headline.
+    shown = shown or sorted({name for values in lines.values() for name in values})
+    table = Table(title=f"all {len(metrics)} metrics are in {where}")
+    for title in ("", "users", *shown):
+        table.add_column(title, justify="left" if not title else "right")
+    for group, values in lines.items():
+        if any(name in values for name in shown):
+            users = f"{values['users']:.0f}" if "users" in values else ""
+            table.add_row(group, users, *(f"{values[name]:.4f}" if name in values else "" for name in shown))
     Console().print(table)

@@ -1,4 +1,4 @@
-"""`recsys fit | validate | test | predict | prepare` on LightningCLI."""
+"""`recsys fit | validate | test | predict | prepare` on LightningCLI, and what `recsys audit` reads a run with."""
 
 import importlib
 import logging
@@ -31,7 +31,7 @@ from recsys_lightning.cli.messages import (
     unresolved,
     while_running,
 )
-from recsys_lightning.cli.statistics import print_statistics
+from recsys_lightning.cli.statistics import print_metrics, print_statistics
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
 from recsys_lightning.training.recommender import RecommenderModule
@@ -44,7 +44,8 @@ for _package in (recsys_lightning.models, recsys_lightning.semantic_ids):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
-NEED_CHECKPOINT = ("validate", "test", "predict")
+NEED_CHECKPOINT = ("validate", "test", "predict", "audit")
+_WITHOUT_TRAINER = ("prepare", "audit")
 # What constructors raise on settings they cannot use; torch has RuntimeError for a negative size.
 _REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException)
 
@@ -83,10 +84,26 @@ class _Builder:
 
 
 class RecsysTrainer(L.Trainer):
-    """Lightning's Trainer with one more verb, which needs no model."""
+    """Lightning's Trainer with two more verbs: one needs no model, the other no training."""
 
     def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Build and cache the data and the item embeddings, print the statistics."""
+
+    def audit(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+    ) -> None:
+        """Build the model and the data module of a run.
+
+        Args:
+            model: of the run.
+            datamodule: of the run.
+            ckpt_path: checkpoint to audit: best, last or a file.
+            weights_only: what `recsys fit` has saved; an audit reads a checkpoint as weights and plain values always.
+        """
 
 
 class RecsysCLI(LightningCLI):
@@ -101,8 +118,8 @@ class RecsysCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's four and `prepare`."""
-        return {**LightningCLI.subcommands(), "prepare": {"model", "datamodule"}}
+        """Lightning's four, `prepare` and `audit`."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _WITHOUT_TRAINER}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder, and the two callbacks every run has."""
@@ -141,6 +158,8 @@ class RecsysCLI(LightningCLI):
         if subcommand != "prepare":
             # A checkpoint from a stranger must not be able to run code.
             parser.set_defaults({"weights_only": True})
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -169,6 +188,8 @@ class RecsysCLI(LightningCLI):
             return
         # Not parser links: those would copy a ${...} of run_dir before it is resolved.
         config.trainer.default_root_dir = config.run_dir
+        if self.subcommand == "audit":  # a logger of the run would open its files again
+            config.trainer.logger = config.trainer.callbacks = None
         config.checkpoint.dirpath = str(_checkpoint_folder(config.run_dir))
         if config.ckpt_path in ("best", "last"):
             config.ckpt_path = str(_checkpoint_folder(config.run_dir) / f"{config.ckpt_path}.ckpt")
@@ -214,7 +235,7 @@ class RecsysCLI(LightningCLI):
         builder = _Builder(self.arguments)
         self._parser(self.subcommand).add_instantiator(builder, object)
         try:
-            if self.subcommand != "prepare":
+            if self.subcommand not in _WITHOUT_TRAINER:
                 super().instantiate_classes()
                 return
             self.config_init = self.parser.instantiate_classes(self.config)
@@ -223,7 +244,7 @@ class RecsysCLI(LightningCLI):
             if builder.refused is None or builder.refused is error:
                 raise
             raise builder.refused from error
-        self.datamodule, self.model = self._get(self.config_init, "data"), None
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
         self.trainer = RecsysTrainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
@@ -241,6 +262,17 @@ class RecsysCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup()
         print_statistics(self.datamodule.statistics())
+
+    def audit(self, **_: Any) -> None:
+        """All is built: `recsys audit` goes on from here."""
+
+    def after_test(self) -> None:
+        """Print the headline; Lightning would print each of some hundred metrics on its own line."""
+        if self.trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            print_metrics(metrics, Path(self.trainer.default_root_dir) / "results.json")
+
+    after_validate = after_test
 
     def predict(self, **kwargs: Any) -> None:
         """Run `recsys predict`; the writer keeps the lists, so the Trainer need not."""

@@ -68,10 +68,3 @@ class Catalog:
                 "this model needs item text embeddings: name an encoder with --data.encoder, e.g. TfidfSVD"
             )
         return self.text
-
-    def tail_items(self, head_share: float = 0.2) -> Tensor:
-        """(I+1,) bool: items outside the `head_share` most met in training (S14). Equal counts keep id order."""
-        order = np.argsort(-self.train_counts[1:], kind="stable") + 1
-        tail = np.zeros(self.num_items + 1, dtype=bool)
-        tail[order[round(head_share * self.num_items) :]] = True
-        return torch.from_numpy(tail)

@@ -1,8 +1,10 @@
 """Lightning data modules: a source and its settings in, batches out."""
 
+import copy
+import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import lightning as L
 import numpy as np
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.encoders import TextEncoder
-from recsys_lightning.data.interactions import IntArray, Split, leave_one_out
+from recsys_lightning.data.interactions import IntArray, Interactions, Split, leave_one_out
 from recsys_lightning.data.prepared import PreparedData, prepare
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset, Stage
 from recsys_lightning.data.sources import Source
@@ -104,6 +106,30 @@ class CatalogDataModule(L.LightningDataModule):
         """What is training, validation and test; available after `setup`."""
         self.catalog  # noqa: B018 - says what to do if setup has not run
         return self._split
+
+    def with_interactions(self, interactions: Interactions) -> Self:
+        """The same data module, set up over other interactions of the same users and items.
+
+        Nothing is written, and nothing that was derived from the old interactions is kept; the statistics of the
+        prepared data alone stay as they were.
+
+        Raises:
+            ValueError: they are interactions of another number of users or items.
+        """
+        known = self.data.interactions
+        if (interactions.num_users, interactions.num_items) != (known.num_users, known.num_items):
+            raise ValueError(
+                f"interactions of {interactions.num_users} users with {interactions.num_items} items cannot take the "
+                f"place of those of {known.num_users} users with {known.num_items} items"
+            )
+        other = copy.copy(self)
+        # Not the fingerprint of the raw files: these data are not what is in them.
+        other._data = dataclasses.replace(
+            self.data, interactions=interactions, fingerprint=f"not {self.data.fingerprint}"
+        )
+        other._catalog = other._composed = None
+        other.setup()
+        return other
 
     def statistics(self) -> dict[str, Any]:
         """What `recsys prepare` prints: the data set's figures, its split and its text encoder."""

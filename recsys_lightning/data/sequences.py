@@ -3,6 +3,7 @@
 Axis letters: B rows, T time, N answers, S items seen.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -115,8 +116,23 @@ class SequenceDataset(Dataset[SequenceBatch]):
 
     @property
     def lengths(self) -> IntArray:
-        """(rows,) history length of each row, what a batch is padded to."""
-        return self.stop - self.start
+        """(rows,) items that a batch of the row is padded to: its history, in evaluation all that the user has seen."""
+        return self.stop - (self.first if self.with_seen else self.start)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what these rows are: their users, the bounds of each, and the items that they gather.
+
+        It does not depend on batches or their order, and not on interactions that no row reaches.
+        """
+        begin = self.first if self.with_seen else self.start
+        edges = np.zeros(len(self.items) + 1, dtype=np.int64)
+        np.add.at(edges, begin, 1)
+        np.add.at(edges, self.answer_stop, -1)
+        reached = self.items[edges.cumsum()[:-1] > 0]
+        digest = hashlib.sha256()
+        for array in (self.user, begin, self.start, self.stop, self.answer_stop, reached):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, rows: IntArray | list[int]) -> SequenceBatch:
         rows = np.asarray(rows)

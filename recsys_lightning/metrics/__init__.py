@@ -1,1 +1,1 @@
-"""Ranking metrics as torchmetrics: exact item ids over the whole catalogue, sums that add up across ranks."""
+"""Metrics as torchmetrics: exact item ids over the whole catalogue, ties by expected value, sums that merge."""

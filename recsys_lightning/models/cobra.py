@@ -23,6 +23,7 @@ from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, ItemEncoder
 from recsys_lightning.nn.transformer import KeyValues, Transformer
 from recsys_lightning.retrieval.beam_fusion import beam_fusion
 from recsys_lightning.retrieval.beam_search import Beams, beam_search
+from recsys_lightning.retrieval.index import ItemIndex
 from recsys_lightning.retrieval.recommendations import Recommendations
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.trie import PrefixTrie
@@ -134,6 +135,8 @@ class COBRA(Recommender):
         search: see `CobraSearch`.
     """
 
+    similarity = "cosine"
+    catalogue_facts = ("codes",)
     codes: Tensor
     log_popularity: Tensor
 
@@ -252,12 +255,15 @@ class COBRA(Recommender):
 
     # --------------------------------------------------------------------------------------------- inference
 
-    @torch.no_grad()
-    def encode_items(self) -> Tensor:
-        """(I+1, D) dense vectors of all items, row 0 zeros."""
-        ids = torch.arange(1, self.num_items + 1, device=self.codes.device)
-        vectors = torch.cat([self.item_encoder(part) for part in torch.split(ids, 2048)])
-        return torch.cat([torch.zeros_like(vectors[:1]), vectors])
+    @property
+    def prefix_trie(self) -> PrefixTrie:
+        """The occupied prefixes that the beam search walks along."""
+        return self.trie
+
+    def encode_items(self, item_ids: Tensor) -> Tensor:
+        """(n, D) dense vectors of items (n,)."""
+        vectors: Tensor = self.item_encoder(item_ids)
+        return vectors
 
     @torch.no_grad()
     def generate(self, batch: SequenceBatch, item_vectors: Tensor, num_beams: int) -> Beams:
@@ -291,11 +297,11 @@ class COBRA(Recommender):
         return beam_search(self.trie, self.heads[0](hidden[rows, stop - 1]), advance, num_beams)
 
     @torch.no_grad()
-    def recommend(self, batch: SequenceBatch, k: int, item_vectors: Tensor) -> Recommendations:
+    def recommend(self, batch: SequenceBatch, k: int, index: ItemIndex) -> Recommendations:
         """The k best items by BeamFusion over the items of the best semantic IDs (eqs. 12-14)."""
-        search = self.search
-        beams = self.generate(batch, item_vectors, search.num_beams)
-        return beam_fusion(beams, self.trie, item_vectors, k, search.tau, search.psi, search.per_cell, search.fusion)
+        search, vectors = self.search, index.table
+        beams = self.generate(batch, vectors, search.num_beams)
+        return beam_fusion(beams, self.trie, vectors, k, search.tau, search.psi, search.per_cell, search.fusion)
 
 
 def _refuse_other_codes(model: COBRA, state: dict[str, Tensor], prefix: str, *_: object) -> None:

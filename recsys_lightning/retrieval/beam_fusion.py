@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_lightning.retrieval.beam_search import Beams
-from recsys_lightning.retrieval.recommendations import Recommendations
+from recsys_lightning.retrieval.recommendations import Generated, Recommendations, rank_candidates
 from recsys_lightning.semantic_ids.trie import PrefixTrie
 
 CHUNK = 1 << 16  # candidates whose vectors are held at once
@@ -38,7 +38,7 @@ def beam_fusion(
         beams: leaves (B, M), log probabilities (B, M) and dense vectors (B, M, D) as `hidden`.
         trie: which items lie in a cell.
         item_vectors: (I+1, D).
-        k: length of the lists; shorter ones end in item 0.
+        k: places wanted; lists are closed under ties, and shorter ones end in item 0.
         tau: weight of the beam score.
         psi: weight of the cosine.
         per_cell: N of the paper: items kept of each cell; 0 keeps all.
@@ -59,7 +59,8 @@ def beam_fusion(
     domain, num_domains = (row, num_rows) if mode == "global" else (beam, num_rows * num_beams)
     log_near = psi * cosine - _segment_logsumexp(psi * cosine, domain, num_domains)[domain]
     log_beam = (tau * beams.log_probs.float()).log_softmax(1).flatten()  # (B M,)
-    return _top_k(items, log_beam[beam] + log_near, row, num_rows, k)
+    ids, scores = _by_row(items, log_beam[beam] + log_near, row, num_rows)
+    return rank_candidates(ids, scores, k)._replace(generated=Generated(beams.leaves, beams.log_probs))
 
 
 def _cosines(queries: Tensor, vectors: Tensor, beam: Tensor, items: Tensor) -> Tensor:
@@ -75,14 +76,12 @@ def _segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Te
     return largest + total.log()
 
 
-def _top_k(items: Tensor, scores: Tensor, row: Tensor, num_rows: int, k: int) -> Recommendations:
-    """The k best candidates of each row; candidates (C,) stand row by row."""
+def _by_row(items: Tensor, scores: Tensor, row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Candidates (C,) that stand row by row as padded ids and scores, (B, most candidates of a row) each."""
     counts = row.bincount(minlength=num_rows)
     column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    width = max(int(counts.max()), k)
-    padded = scores.new_full((num_rows, width), -torch.inf)
+    padded = scores.new_full((num_rows, int(counts.max())), -torch.inf)
     padded[row, column] = scores
-    ids = items.new_zeros(num_rows, width)
+    ids = items.new_zeros(padded.shape)
     ids[row, column] = items
-    best, order = padded.topk(k, dim=1)
-    return Recommendations(ids.gather(1, order), best)
+    return ids, padded

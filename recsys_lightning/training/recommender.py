@@ -6,15 +6,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.sequences import SequenceBatch
-from recsys_lightning.errors import InputError
-from recsys_lightning.metrics.ranking import count_relevant, hits, ranking_metrics
+from recsys_lightning.distributed import gather_rows
 from recsys_lightning.models.recommender import Recommender
+from recsys_lightning.retrieval.index import ItemIndex
+from recsys_lightning.retrieval.measured import MeasuredIndex
 from recsys_lightning.retrieval.recommendations import Recommendations
+from recsys_lightning.training.evaluation import EvaluationSettings, Evaluator, RankTable
+from recsys_lightning.training.indexing import index_of
 from recsys_lightning.training.objective import log_losses
 from recsys_lightning.training.optimizers import Schedule, build_optimizer, check_warmup
 
@@ -23,14 +26,15 @@ class RecommenderModule(L.LightningModule):
     """Trains a recommender on its own losses and ranks it by exact item ids over the whole catalogue.
 
     Every metric is logged twice: ``val/recall@10`` counts all items, ``val-unseen/recall@10`` strikes those that the
-    user has met before (C21, C22).
+    user has met before (C21, C22). `fit` validates by the ranking metrics alone; `validate` and `test` add slices,
+    metrics of the lists and, for models that generate semantic IDs, their semantic-ID-level score.
 
     Args:
         model: makes the model from the catalogue, e.g. `COBRA`; the catalogue comes from the data module.
         optimizer: makes the optimizer; biases, norms and gains are never decayed (C11).
         schedule: of the learning rate after the warm-up (C11).
         warmup_steps: steps over which the learning rate climbs (C11).
-        ks: cut-offs of the metrics.
+        evaluation: see `EvaluationSettings`.
     """
 
     def __init__(
@@ -39,20 +43,16 @@ class RecommenderModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.05),
         schedule: Schedule = "cosine",
         warmup_steps: int = 0,
-        ks: tuple[int, ...] = (5, 10, 20, 50),
+        evaluation: EvaluationSettings = EvaluationSettings(),
     ):
         super().__init__()
-        if not ks or min(ks) < 1:
-            raise InputError(f"model.ks={list(ks)} must be cut-offs of 1 or more")
         check_warmup(warmup_steps)
         self.build_model, self.optimizer, self.schedule, self.warmup_steps = model, optimizer, schedule, warmup_steps
-        self.ks = ks
+        self.evaluation = evaluation
         self.recommender: Recommender | None = None
-        self.metrics = torch.nn.ModuleDict()
-        for stage in ("val", "test"):
-            for column in (stage, f"{stage}-unseen"):
-                self.metrics[column] = ranking_metrics(ks).clone(prefix=f"{column}/")
-        self.item_vectors: Tensor | None = None
+        self.index: ItemIndex | None = None
+        self.evaluator: Evaluator | None = None
+        self.rank_table: RankTable | None = None  # of the last evaluation
 
     def configure_model(self) -> None:
         """Build the model as soon as the data module can say which items there are."""
@@ -76,51 +76,59 @@ class RecommenderModule(L.LightningModule):
         return log_losses(self, self.built.losses(batch), len(batch))
 
     def on_validation_epoch_start(self) -> None:
-        """Encode the catalogue once."""
-        self.item_vectors = self.built.encode_items()
+        """Encode the catalogue once, and start counting."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.index = index_of(self.built, self.evaluation.index, None if fitting else data.catalog.raw_ids)
+        lengths, trie = data.data.interactions.lengths, self.built.prefix_trie
+        evaluator = Evaluator(self.evaluation, data.catalog, lengths, trie, thorough=not fitting)
+        self.evaluator = evaluator.to(self.device)
 
     on_test_epoch_start = on_validation_epoch_start
-    on_predict_epoch_start = on_validation_epoch_start
+
+    def on_predict_epoch_start(self) -> None:
+        """Encode the catalogue once."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.index = index_of(self.built, self.evaluation.index, data.catalog.raw_ids)
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Rank and count."""
-        self._evaluate(batch, "val")
+        self._evaluator().update(batch, self._recommend(batch))
 
-    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Rank and count."""
-        self._evaluate(batch, "test")
+    test_step = validation_step
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> tuple[Tensor, Recommendations]:
         """Users (B,) and their lists of the longest cut-off, without what they have seen."""
-        return batch.user, self._recommend(batch).without(batch.seen, max(self.ks))
+        return batch.user, self._recommend(batch).without(batch.seen).first(max(self.evaluation.ks))
 
     def on_validation_epoch_end(self) -> None:
         """Log both columns."""
-        self._log("val")
+        self._finish("val")
 
     def on_test_epoch_end(self) -> None:
         """Log both columns."""
-        self._log("test")
+        self._finish("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Let go of the index."""
+        self.index = None
 
     def _recommend(self, batch: SequenceBatch) -> Recommendations:
         # Long enough that a list still has max(ks) items once all that were seen are struck from it.
-        assert self.item_vectors is not None  # noqa: S101 - set by the epoch's start
-        return self.built.recommend(batch, max(self.ks) + batch.seen.shape[1], self.item_vectors)
+        assert self.index is not None  # noqa: S101 - set by the epoch's start
+        return self.built.recommend(batch, max(self.evaluation.ks) + batch.seen.shape[1], self.index)
 
-    def _evaluate(self, batch: SequenceBatch, stage: str) -> None:
-        answered = self._recommend(batch)
-        num_relevant = count_relevant(batch.target)
-        for column, listed in ((stage, answered), (f"{stage}-unseen", answered.without(batch.seen, max(self.ks)))):
-            self._metrics(column).update(hits(listed.item_ids[:, : max(self.ks)], batch.target), num_relevant)
+    def _evaluator(self) -> Evaluator:
+        assert self.evaluator is not None  # noqa: S101 - set by the epoch's start
+        return self.evaluator
 
-    def _log(self, stage: str) -> None:
-        for column in (stage, f"{stage}-unseen"):
-            metrics = self._metrics(column)
-            self.log_dict({name: value.float() for name, value in metrics.compute().items()}, sync_dist=True)
-            metrics.reset()
-        self.item_vectors = None
-
-    def _metrics(self, column: str) -> MetricCollection:
-        metrics = self.metrics[column]
-        assert isinstance(metrics, MetricCollection)  # noqa: S101 - the dict holds nothing else
-        return metrics
+    def _finish(self, stage: str) -> None:
+        found = self._evaluator().compute()
+        if isinstance(self.index, MeasuredIndex):
+            counts = torch.tensor([[self.index.found, self.index.wanted]])
+            hit, wanted = gather_rows(counts).sum(0)
+            found["/index-recall"] = hit / wanted
+        # The values are the same on all processes already.
+        self.log_dict({f"{stage}{name}": value.float() for name, value in found.items()}, sync_dist=True)
+        self.rank_table = self._evaluator().rank_table()
+        self.index = self.evaluator = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import polars as pl
 import torch
 import yaml
@@ -20,8 +21,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 import recsys_lightning
-from recsys_lightning.data.datamodules import CatalogDataModule
+from recsys_lightning.data.datamodules import CatalogDataModule, SequenceDataModule
 from recsys_lightning.files import replacing
+from recsys_lightning.training.evaluation import RankTable
 from recsys_lightning.training.recommender import RecommenderModule
 
 
@@ -31,13 +33,16 @@ class RunRecord(SaveConfigCallback):
     ``config.yaml`` is the configuration of `fit`; later commands on the same run write ``config-test.yaml`` and so on.
     ``results.json`` holds ``metrics`` (flat; ``val/...`` of the checkpoint that is kept as best, ``test/...`` of the
     last test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command, ``epochs``,
-    ``steps`` and ``code``. Commands on one run add to the file.
+    ``steps``, ``code``, and ``evidence`` of what was trained and validated on, for `recsys audit`. Commands on one run
+    add to the file. Beside it, ``ranks-val.parquet`` and ``ranks-test.parquet`` hold the rank of every answer (see
+    `RankTable`) by raw ids, for tests that pair users.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Note the time and save the configuration."""
         self.started = time.perf_counter()
         self.validated: dict[str, float] = {}
+        self.ranks: RankTable | None = None  # of those metrics
         self.code = code_fingerprint()  # now: the files may be edited while the run goes on
         if not trainer.is_global_zero:
             return
@@ -62,20 +67,24 @@ class RunRecord(SaveConfigCallback):
             better = metrics[monitor.monitor] - self.validated[monitor.monitor]
             if (better if monitor.mode == "max" else -better) <= 0:
                 return
-        self.validated = metrics
+        self.validated, self.ranks = metrics, _ranks(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the fit."""
         self._write(trainer, pl_module, "fit", self.validated)
+        self._write_ranks(trainer, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the test."""
+        self.ranks = _ranks(pl_module)
         self._write(trainer, pl_module, "test", _metrics(trainer, "test"))
+        self._write_ranks(trainer, "test")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Record `recsys validate`, for which there is no hook of its own."""
         if stage == "validate" and self.validated:
             self._write(trainer, pl_module, "validate", self.validated)
+            self._write_ranks(trainer, "val")
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule, command: str, metrics: dict[str, float]) -> None:
         if not trainer.is_global_zero:
@@ -100,8 +109,18 @@ class RunRecord(SaveConfigCallback):
         results |= {name: trained.get(name) for name in ("epochs", "steps", "parameters")}
         if command == "fit":
             results["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        results["evidence"] = _evidence(trainer) if command == "fit" else known.get("evidence", {})
         with replacing(path) as file:
             file.write(json.dumps(results, indent=1).encode())
+
+    def _write_ranks(self, trainer: L.Trainer, stage: str) -> None:
+        if self.ranks is None or not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        table = pl.DataFrame({name: column.numpy() for name, column in self.ranks._asdict().items()})
+        table = _with_raw_ids(table, data).select("user_id", "item_id", pl.col(RankTable._fields[2:]).cast(pl.Int32))
+        with replacing(self.folder / f"ranks-{stage}.parquet") as file:
+            table.write_parquet(file)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -137,12 +156,8 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        users = pl.DataFrame({"user_id": data.data.user_ids}).with_row_index("user").cast({"user": pl.Int64})
-        items = pl.DataFrame({"item_id": data.catalog.raw_ids}).with_row_index("item", offset=1)
-        items = items.cast({"item": pl.Int64})
         name = "predictions.parquet" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.parquet"
-        table = pl.concat(self.parts).join(users, on="user", maintain_order="left")
-        table = table.join(items, on="item", maintain_order="left").select("user_id", "rank", "item_id", "score")
+        table = _with_raw_ids(pl.concat(self.parts), data).select("user_id", "rank", "item_id", "score")
         table.write_parquet(Path(trainer.default_root_dir) / name)
 
 
@@ -159,6 +174,29 @@ def code_fingerprint() -> dict[str, str | None]:
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {"version": recsys_lightning.__version__, "sha256": digest.hexdigest(), "commit": commit}
+
+
+def _with_raw_ids(table: pl.DataFrame, data: CatalogDataModule) -> pl.DataFrame:
+    """A table with columns ``user`` and ``item`` (numbers), with ``user_id`` and ``item_id`` (raw) beside them."""
+    users = pl.DataFrame({"user_id": data.data.user_ids}).with_row_index("user").cast({"user": pl.Int64})
+    items = pl.DataFrame({"item_id": data.catalog.raw_ids}).with_row_index("item", offset=1).cast({"item": pl.Int64})
+    return table.join(users, on="user", maintain_order="left").join(items, on="item", maintain_order="left")
+
+
+def _ranks(module: L.LightningModule) -> RankTable | None:
+    return module.rank_table if isinstance(module, RecommenderModule) else None
+
+
+def _evidence(trainer: L.Trainer) -> dict[str, str]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, SequenceDataModule):
+        return {}
+    counts = np.ascontiguousarray(data.catalog.train_counts, dtype=np.int64)
+    return {
+        "train_rows": data.dataset("train").fingerprint(),
+        "val_rows": data.dataset("val").fingerprint(),
+        "train_counts": hashlib.sha256(counts.tobytes()).hexdigest(),
+    }
 
 
 def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:

@@ -2,12 +2,28 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
-from recsys_lightning.analysis.compare import header, load_results, markdown_report, rows
+from recsys_lightning.analysis.compare import (
+    Group,
+    Run,
+    Score,
+    best_cells,
+    body,
+    group_runs,
+    header,
+    load_results,
+    load_run,
+    markdown_report,
+    markdown_table,
+    rows,
+    shown_path,
+    warnings,
+)
 from recsys_lightning.analysis.published import TABLE_2, published_rows
 from recsys_lightning.cli import main
 from recsys_lightning.errors import InputError
@@ -50,14 +66,16 @@ POPULARITY = {
     "config": {"seed_everything": None},
 }
 METRICS = ["recall@5", "ndcg@5"]
+NAMES = ("runs/cobra/beauty", "runs/popularity/beauty")
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    """Two run folders."""
-    made = [tmp_path / "cobra", tmp_path / "popularity"]
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two run folders, by their paths from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    made = [Path(name) for name in NAMES]
     for folder, results in zip(made, (COBRA, POPULARITY), strict=True):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results))
     return made
 
@@ -68,45 +86,218 @@ def cells(report: str, first: str) -> list[list[str]]:
     return [line for line in lines if line[0] == first]
 
 
-def report_of(runs: list[dict], title: str = "Beauty") -> str:
-    return markdown_report(title, "recsys compare x", runs, header(METRICS), rows(runs, "test", METRICS))
+def groups_of(*results: dict) -> list[Group]:
+    return group_runs([Run(result["run"], Path(result["run"]), result) for result in results])
+
+
+def report_of(*results: dict) -> str:
+    groups = groups_of(*results)
+    table = markdown_table(header(METRICS), body(rows(groups, "test", METRICS)))
+    return markdown_report("Beauty", "recsys compare x", groups, [table])
 
 
 def test_a_run_is_its_folder_or_its_results_file(folders):
     assert load_results(folders[0]) == COBRA
     assert load_results(str(folders[0])) == load_results(folders[0] / "results.json")
+    assert load_run(folders[0]) == load_run(f"{folders[0]}/results.json") == Run(NAMES[0], folders[0], COBRA)
 
 
 def test_a_run_has_a_row_over_all_items_and_one_over_unseen_ones():
-    assert header(METRICS) == ["run", "model", "split", "recall@5", "ndcg@5"]
-    assert rows([COBRA, POPULARITY], "test", METRICS) == [
-        ["runs/cobra/beauty", "COBRA", "test", "0.0432", "0.0298"],
-        ["runs/cobra/beauty", "COBRA", "test-unseen", "0.0500", "0.0355"],
-        ["runs/popularity/beauty", "Popularity", "test", "0.0075", "-"],
+    assert header(METRICS) == ["run", "model", "split", "seeds", "recall@5", "ndcg@5"]
+    assert body(rows(groups_of(COBRA, POPULARITY), "test", METRICS)) == [
+        ["runs/cobra/beauty", "COBRA", "test", "1", "0.0432", "0.0298"],
+        ["runs/cobra/beauty", "COBRA", "test-unseen", "1", "0.0500", "0.0355"],
+        ["runs/popularity/beauty", "Popularity", "test", "1", "0.0075", "-"],
     ]
 
 
 def test_a_metric_of_0_is_a_value_and_not_a_gap():
-    found = rows([{**COBRA, "metrics": {"test/ndcg@5": 0.0}}], "test", ["ndcg@5"])
-    assert [row[3:] for row in found] == [["0.0000"]]
+    found = body(rows(groups_of({**COBRA, "metrics": {"test/ndcg@5": 0.0}}), "test", ["ndcg@5"]))
+    assert [row[4:] for row in found] == [["0.0000"]]
+
+
+def test_a_metric_of_no_user_is_no_value():
+    metrics = {"test/ndcg@5": 0.1, "test/cold-item/ndcg@5": math.nan}
+    found = body(rows(groups_of({**COBRA, "metrics": metrics}), "test", ["ndcg@5", "cold-item/ndcg@5"]))
+    assert [row[4:] for row in found] == [["0.1000", "-"]]
+
+
+def test_slices_and_metrics_of_lists_are_named_without_the_stage():
+    metrics = {"test/tail/recall@10": 0.01, "test/coverage@10": 0.4, "test/users": 22363.0, "test/novelty@10": 12.3456}
+    metrics["test/semantic-id/recall@10"] = 0.07
+    names = ["tail/recall@10", "coverage@10", "users", "novelty@10", "semantic-id/recall@10"]
+    found = body(rows(groups_of({**COBRA, "metrics": metrics}), "test", names))
+    assert [row[4:] for row in found] == [["0.0100", "0.4000", "22363", "12.35", "0.0700"]]
 
 
 def test_the_stage_is_the_users_choice():
-    found = rows([COBRA, POPULARITY], "val", ["recall@5"])
-    assert [row[3] for row in found if row[2] == "val"] == ["0.0612", "0.0100"]
+    found = rows(groups_of(COBRA, POPULARITY), "val", ["recall@5"])
+    assert [row.scores[0] for row in found if row.split == "val"] == [Score((0.0612,)), Score((0.01,))]
 
 
 def test_an_unknown_metric_names_those_there_are():
     with pytest.raises(InputError, match=r"recall@7.*test/recall@5.*recsys test.*--stage val"):
-        rows([COBRA, POPULARITY], "test", ["recall@7"])
+        rows(groups_of(COBRA, POPULARITY), "test", ["recall@7"])
+
+
+# ------------------------------------------------------------------------------------------------------ seeds of a row
+
+
+def seeded(seed: int, recall: float = 0.04, place: str = "runs/cobra/beauty-seed{}", **changes: object) -> dict:
+    """A run that differs from its fellows wherever a seed shows."""
+    folder = place.format(seed)
+    config = {
+        "seed_everything": seed,
+        "run_dir": folder,
+        "ckpt_path": f"{folder}/checkpoints/best.ckpt",
+        "verbose": bool(seed % 2),
+        "trainer": {"max_epochs": 3, "default_root_dir": folder, "logger": [{"save_dir": folder}]},
+        "checkpoint": {"dirpath": f"{folder}/checkpoints", "monitor": "val/ndcg@10"},
+        "data": {"init_args": {"seed": seed + 1, "k_core": 5, "source": {"init_args": {"seed": 0}}}},
+        "model": {"init_args": {"semantic_ids": f"runs/rqvae/beauty-seed{seed}/semantic_ids.safetensors"}},
+    }
+    return {**COBRA, "run": folder, "seed": seed, "metrics": {"test/recall@5": recall}, "config": config, **changes}
+
+
+def changed(result: dict, path: str, value: object) -> dict:
+    """The same with another value in its configuration."""
+    result = copy.deepcopy(result)
+    *parents, last = path.split(".")
+    part = result["config"]
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    return result
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row_of_mean_and_deviation():
+    values = (0.040, 0.043, 0.052)
+    found = groups_of(*(seeded(seed, value) for seed, value in zip((42, 43, 44), values, strict=True)))
+    assert [(group.name, len(group.runs)) for group in found] == [("runs/cobra/beauty-seed*", 3)]
+    mean = sum(values) / 3
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
+    score = found[0].score("test/recall@5")
+    assert (score.mean, score.sd) == (pytest.approx(mean, abs=1e-15), pytest.approx(deviation, abs=1e-15))
+    row = ["runs/cobra/beauty-seed*", "COBRA", "test", "3", "0.0450 ± 0.0062"]
+    assert body(rows(found, "test", ["recall@5"])) == [row]
+
+
+@pytest.mark.parametrize(
+    "form", ["beauty-seed{}", "beauty-seed={}", "beauty-seed-{}", "seed{}/beauty", "beauty_SEED{}"]
+)
+def test_a_seed_inside_a_path_is_a_seed(form):
+    change = "model.init_args.semantic_ids"
+    runs = [changed(seeded(seed), change, f"runs/rqvae/{form.format(seed)}/ids.safetensors") for seed in (1, 12)]
+    assert len(groups_of(*runs)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("trainer.max_epochs", 4),
+        ("data.init_args.k_core", 6),
+        ("data.init_args.source.init_args.seed", 1),  # another catalogue, not another training
+        ("checkpoint.monitor", "val/recall@10"),
+        ("model.init_args.semantic_ids", "runs/rqvae/sports-seed43/semantic_ids.safetensors"),
+    ],
+)
+def test_runs_of_other_settings_are_rows_of_their_own(path, value):
+    assert len(groups_of(seeded(42), changed(seeded(43), path, value))) == 2
+
+
+def test_runs_of_another_model_or_on_other_data_are_rows_of_their_own_with_names_of_their_own():
+    other = seeded(43, data={**COBRA["data"], "fingerprint": "f" * 64})
+    assert [group.name for group in groups_of(seeded(42), other, seeded(44), seeded(45, model="SPARC"))] == [
+        "runs/cobra/beauty-seed*",
+        "runs/cobra/beauty-seed43",
+        "runs/cobra/beauty-seed45",
+    ]
+    same_place = {**other, "run": "runs/cobra/beauty-seed42"}
+    names = [group.name for group in groups_of(seeded(42), same_place)]
+    assert names == ["runs/cobra/beauty-seed42", "runs/cobra/beauty-seed42 #2"]
+
+
+def test_seeds_in_folders_without_a_common_name_are_named_after_the_first():
+    runs = [seeded(1, place="runs/first"), seeded(2, place="runs/again"), seeded(3, place="elsewhere")]
+    assert [group.name for group in groups_of(*runs)] == ["runs/first (3 runs)"]
+
+
+def test_a_metric_that_some_seeds_lack_says_of_how_many_it_is():
+    runs = [seeded(1, 0.1), seeded(2, 0.3), seeded(3, metrics={"test/recall@10": 0.5})]
+    assert body(rows(groups_of(*runs), "test", ["recall@5", "recall@10"]))[0][3:] == [
+        "3",
+        "0.2000 ± 0.1414 (n=2)",
+        "0.5000 (n=1)",
+    ]
+
+
+def test_one_trained_model_never_counts_twice():
+    twin = seeded(42, place="runs/copy-of-{}")
+    with pytest.raises(InputError, match=r"runs/cobra/beauty-seed42 and runs/copy-of-42 are .* same seed \(42\)"):
+        groups_of(seeded(42), seeded(43), twin)
+
+
+def test_the_same_seed_on_semantic_ids_of_other_seeds_is_not_a_duplicate():
+    path = "model.init_args.semantic_ids"
+    runs = [changed(seeded(42, place=f"runs/{at}"), path, f"rqvae/seed{at}/ids.safetensors") for at in (1, 2)]
+    assert [len(group.runs) for group in groups_of(*runs)] == [2]
+
+
+def test_other_data_and_other_code_are_warned_of():
+    assert warnings(groups_of(seeded(1), seeded(2), POPULARITY)) == []
+    elsewhere = {**POPULARITY, "data": {**COBRA["data"], "fingerprint": "fedcba987654" * 5}}
+    (warning,) = warnings(groups_of(seeded(1), elsewhere))
+    assert "Not comparable" in warning
+    assert "0123456789ab" in warning
+    assert "fedcba987654" in warning
+    (warning,) = warnings(groups_of(seeded(1), seeded(2, code={**COBRA["code"], "sha256": "0" * 64})))
+    assert "different versions of the code" in warning
+
+
+# ---------------------------------------------------------------------------------------------------------- best values
+
+
+def test_the_best_of_each_column_and_split_is_bold():
+    worse = {**POPULARITY, "metrics": {"test/recall@5": 0.0075, "test/ndcg@5": 0.09, "test-unseen/recall@5": 0.2}}
+    table = rows(groups_of(COBRA, worse), "test", METRICS)
+    best = best_cells(table, METRICS)
+    #         COBRA's recall, popularity's ndcg, popularity's unseen recall; unseen ndcg has one value only
+    assert best == {(0, 4), (2, 5), (3, 4)}
+    lines = markdown_table(header(METRICS), body(table), best).splitlines()[2:]
+    assert [line.split(" | ")[4:] for line in lines] == [
+        ["**0.0432**", "0.0298 |"],
+        ["0.0500", "0.0355 |"],
+        ["0.0075", "**0.0900** |"],
+        ["**0.2000**", "- |"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("tail/recall@10", {1}), ("coverage@10", {1}), ("gini@10", {0}), ("collision_rate", {0}), ("novelty@10", set())],
+)
+def test_what_is_best_depends_on_the_metric(metric, best):
+    low, high = ({**seeded(seed), "metrics": {f"test/{metric}": value}} for seed, value in ((1, 0.2), (2, 0.4)))
+    table = rows(groups_of(low, changed(high, "trainer.max_epochs", 9)), "test", [metric])
+    assert {line for line, _ in best_cells(table, [metric])} == best
+
+
+def test_values_that_print_alike_are_equally_good_and_equal_rows_have_no_best():
+    values = (0.04321, 0.04319, 0.01)
+    results = [changed(seeded(1, value), "trainer.max_epochs", at) for at, value in enumerate(values)]
+    assert best_cells(rows(groups_of(*results), "test", ["recall@5"]), ["recall@5"]) == {(0, 4), (1, 4)}
+    assert best_cells(rows(groups_of(*results[:2]), "test", ["recall@5"]), ["recall@5"]) == set()
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
 
 
 def test_the_report_says_how_every_number_was_made():
-    report = report_of([COBRA, POPULARITY])
+    report = report_of(COBRA, POPULARITY)
     assert report.startswith("# Beauty\n")
     everything, unseen, provenance = cells(report, "runs/cobra/beauty")
-    assert everything[2:] == ["test", "0.0432", "0.0298"]
-    assert unseen[2:] == ["test-unseen", "0.0500", "0.0355"]
+    assert everything[2:] == ["test", "1", "0.0432", "0.0298"]
+    assert unseen[2:] == ["test-unseen", "1", "0.0500", "0.0355"]
     titles = cells(report, "run")[1]
     assert dict(zip(titles, provenance, strict=True)) == {
         "run": "runs/cobra/beauty",
@@ -126,7 +317,7 @@ def test_the_report_says_how_every_number_was_made():
 
 
 def test_the_report_does_without_a_gpu_a_seed_a_text_encoder_and_a_commit():
-    provenance = cells(report_of([POPULARITY]), "runs/popularity/beauty")[1]
+    provenance = cells(report_of(POPULARITY), "runs/popularity/beauty")[1]
     assert provenance[1] == "-"
     assert provenance[6] == "1 x 16 CPU cores (x86_64), torch 2.13.0"
     assert provenance[8] == "none"
@@ -134,18 +325,57 @@ def test_the_report_does_without_a_gpu_a_seed_a_text_encoder_and_a_commit():
     assert provenance[9].split() == ["0.1.0", "fedcba987654"]
 
 
+def test_a_report_does_not_tell_where_on_a_machine_things_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown_path("runs/x") == "runs/x"
+    assert shown_path(str(tmp_path / "runs/x")) == "runs/x"
+    assert shown_path("/home/somebody/secret/models/minilm") == "models/minilm"
+    found = report_of(changed(seeded(1), "model.init_args.semantic_ids", "/home/somebody/secret/rqvae/ids.safetensors"))
+    assert "somebody" not in found
+    assert "rqvae/ids.safetensors" in found
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def test_compare_prints_a_table_and_writes_the_report(folders, tmp_path, capsys):
-    output = tmp_path / "new" / "comparison.md"
-    command = ["compare", *map(str, folders), "--metrics", *METRICS, "--title", "Beauty", "--output", str(output)]
+def test_compare_prints_a_table_and_writes_the_report(folders, capsys):
+    command = ["compare", *map(str, folders), "--metrics", *METRICS, "--title", "Beauty", "--output", "new/c.md"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     for word in ("Beauty", "COBRA", "Popularity", "0.0432", "0.0075", "-"):
         assert word in printed
-    written = output.read_text()
-    assert written.replace(f"recsys {' '.join(command)}", "recsys compare x") == report_of([COBRA, POPULARITY])
+    written = Path("new/c.md").read_text()
+    assert f"`recsys {' '.join(command)}`" in written
+    assert "![Beauty](c.png)" in written
+    unbold = written.replace("**", "")
+    assert cells(unbold, NAMES[0]) == cells(report_of(COBRA, POPULARITY), NAMES[0])
+    assert cells(written, NAMES[0])[0][4] == "**0.0432**"
+    assert sorted(path.name for path in Path("new").iterdir()) == ["c.csv", "c.md", "c.png"]
+
+
+def test_runs_without_ranks_are_compared_without_a_test_which_is_said(folders, capsys):
+    """As runs of version 0.1.0 are."""
+    assert main(["compare", *map(str, folders), "--metrics", *METRICS]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Difference from" not in printed
+    for name in NAMES:
+        assert f"no paired test of {name}: {name} has no ranks-test.parquet, which recsys test writes" in printed
+
+
+def test_compare_warns_of_runs_on_other_data_in_table_and_report(folders, capsys):
+    other = {**POPULARITY, "data": {**COBRA["data"], "fingerprint": "fedcba987654" * 5}}
+    (folders[1] / "results.json").write_text(json.dumps(other))
+    assert main(["compare", *map(str, folders), "--metrics", "recall@5", "--output", "c.md"]) == 0
+    assert "Not comparable: the runs were measured on different data" in " ".join(capsys.readouterr().out.split())
+    assert "**Not comparable**: the runs were measured on different data" in Path("c.md").read_text()
+
+
+def test_names_in_a_table_are_not_read_as_markup(folders, capsys):
+    Path("runs/[red]a|b").mkdir()
+    Path("runs/[red]a|b/results.json").write_text(json.dumps(COBRA))
+    assert main(["compare", "runs/[red]a|b", "--metrics", "recall@5", "--output", "c.md"]) == 0
+    assert "[red]a|b" in capsys.readouterr().out
+    assert "| runs/[red]a\\|b | COBRA |" in Path("c.md").read_text()
 
 
 def test_published_rows_stand_below_ours(folders, capsys):
@@ -153,7 +383,7 @@ def test_published_rows_stand_below_ours(folders, capsys):
     printed = capsys.readouterr().out
     assert "0.0432" in printed
     assert "0.0537" in printed  # COBRA's Recall@5 in the paper
-    assert published_rows("beauty", ["recall@5", "recall@50"])[-1][1:] == ["COBRA", "test", "0.0537", "-"]
+    assert body(published_rows("beauty", ["recall@5", "recall@50"]))[-1][1:] == ["COBRA", "test", "-", "0.0537", "-"]
 
 
 def test_a_report_says_what_share_of_the_paper_a_run_reaches(folders, tmp_path):
@@ -194,20 +424,32 @@ def break_file(text: str):
         (break_file('{"metrics": {'), "", "{file} is not JSON: "),
         (break_file("[1, 2]"), "", "{file} holds no metrics"),
         (break_file('{"run": "x"}'), "", "{file} holds no metrics"),
+        (break_file(json.dumps({**COBRA, "metrics": {"test/recall@5": "0.1"}})), "", "{file}: its metrics are not num"),
         (lambda folder: None, "--metrics recall@7", "none of ['test/recall@7', 'test-unseen/recall@7'] in these runs"),
         (lambda folder: None, "--stage train", "compare: argument --stage: invalid choice: 'train'"),
         (lambda folder: None, "--stage val --published toys", "compare: the paper prints test metrics"),
         (lambda folder: None, "--metrik recall@5", "compare: unrecognized arguments: --metrik"),
+        (lambda folder: None, "--metrics recall@5 recall@5", "compare: --metrics recall@5 recall@5: one is named"),
+        (lambda folder: None, "--baseline runs/no", "--baseline runs/no is none of the runs that are compared"),
+        (lambda folder: None, "--resamples 99", "compare: --resamples 99: an interval needs at least 100"),
+        (lambda folder: None, "--seed -1", "compare: --seed -1: must be 0 or more"),
+        (lambda folder: None, "--output c.csv", "compare: --output c.csv: name the Markdown file"),
     ],
     ids=[
         "no results",
         "cut off",
         "another JSON",
         "no metrics",
+        "no numbers",
         "no such metric",
         "no such stage",
         "published",
         "no such option",
+        "twice",
+        "baseline",
+        "resamples",
+        "seed",
+        "output",
     ],
 )
 def test_compare_says_what_is_wrong_on_one_line(folders, capsys, change, options, says):

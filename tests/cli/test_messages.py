@@ -32,7 +32,7 @@ COMMAND_LINES = [
     ),
     (
         "--model.zzz.x 3",
-        "no key 'model.zzz' of RecommenderModule; its keys are model, optimizer, schedule, warmup_steps, ks",
+        "no key 'model.zzz' of RecommenderModule; its keys are model, optimizer, schedule, warmup_steps, evaluation",
     ),
     ("--model.optimizer.lrr 3", "no key 'model.optimizer.lrr' of AdamW; did you mean 'model.optimizer.lr'?"),
     (
@@ -53,7 +53,7 @@ COMMAND_LINES = [
         "no key 'trainer.logger.save_dri' of CSVLogger; did you mean 'trainer.logger.save_dir'?",
     ),
     ("--model.model COBAR", "no Recommender 'COBAR' for model.model; did you mean 'COBRA'?"),
-    ("--model.model RQVAE", "no Recommender 'RQVAE' for model.model; there are COBRA, Popularity"),
+    ("--model.model RQVAE", "no Recommender 'RQVAE' for model.model; there are COBRA, Popularity, SASRec"),
     (
         "--model.model recsys_lightning.models.cobra.COBAR",
         "no Recommender 'recsys_lightning.models.cobra.COBAR' for model.model; did you mean 'COBRA'?",
@@ -74,7 +74,7 @@ COMMAND_LINES = [
     ("--trainer.max_epochs ten", "'ten' is no value for trainer.max_epochs: it must be an int or null"),
     ("--model.model.decoder.bos maybe", "'maybe' is no value for model.model.decoder.bos: it must be true or false"),
     ("--model.optimizer.lr abc", "'abc' is no value for model.optimizer.lr: it must be a float"),
-    ("--model.ks [a]", "'a' is no value for model.ks: it must be an int"),
+    ("--model.evaluation.ks [a]", "'a' is no value for model.evaluation.ks: it must be an int"),
     ("--seed_everything abc", "'abc' is no value for seed_everything: it must be true or false or an int"),
     (
         "other.yaml",

@@ -69,7 +69,8 @@ def test_a_batch_equals_a_loop_over_users(stage, max_history, windows):
     dataset = dataset_of(stage, max_history, windows)
     rows = rows_by_hand(stage, max_history, windows)
     assert len(dataset) == len(rows)
-    assert dataset.lengths.tolist() == [len(history) for _, history, _, _ in rows]
+    # In evaluation a batch holds, beside the history, all that the user has seen.
+    assert dataset.lengths.tolist() == [len(history if stage == "train" else seen) for _, history, _, seen in rows]
     order = np.random.default_rng(1).permutation(len(rows))
     for chosen in (order, order[:3].tolist(), order[:1]):
         batch = dataset[chosen]
@@ -229,3 +230,42 @@ def test_little_of_a_training_epoch_is_padding(batch_size):
     order = rng.permutation(len(lengths))
     shuffled = padding_share(lengths, [order[n : n + batch_size].tolist() for n in range(0, len(order), batch_size)])
     assert bucketed < 0.15 < shuffled
+
+
+# ----------------------------------------------------------------------------------------------------- fingerprints
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fingerprint_is_that_of_the_rows_and_nothing_else(stage):
+    known = dataset_of(stage).fingerprint()
+    assert len(known) == 64
+    assert dataset_of(stage).fingerprint() == known
+    others = {dataset_of(other).fingerprint() for other in STAGES if other != stage}
+    assert known not in others
+    for field in ("user", "start", "stop", "answer_stop"):
+        dataset = dataset_of(stage)
+        bounds = getattr(dataset, field).copy()
+        bounds[-1] -= 1
+        setattr(dataset, field, bounds)
+        assert dataset.fingerprint() != known, field
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fingerprint_changes_with_every_item_that_a_row_reaches_and_with_no_other(stage):
+    interactions = interactions_of(LENGTHS)
+    split = leave_one_out(interactions)
+    known = SequenceDataset(interactions, split, stage, 4)
+    rows = rows_by_hand(stage, 4)
+    reached = {item for _, *parts in rows for part in parts for item in part}
+    assert 0 < len(reached) <= len(interactions)
+    for position, item in enumerate(interactions.items):
+        items = interactions.items.copy()
+        items[position] = item % interactions.num_items + 1
+        changed = Interactions(interactions.offsets, items, interactions.timestamps, interactions.num_items)
+        same = SequenceDataset(changed, split, stage, 4).fingerprint() == known.fingerprint()
+        assert same == (item not in reached)
+
+
+def test_a_fingerprint_depends_on_the_length_of_histories():
+    assert dataset_of("train", 4).fingerprint() != dataset_of("train", 5).fingerprint()
+    assert dataset_of("train", 4).fingerprint() != dataset_of("train", 4, windows="all").fingerprint()

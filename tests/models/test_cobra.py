@@ -43,7 +43,7 @@ def reference_losses(model, sequences, temperature=0.0625):
     """Equations 4 to 9, one user, one position and one level at a time, by the index map of the three-level layout."""
     stride, levels = model.num_levels + 1, model.num_levels
     bos = int(model.bos is not None)
-    vectors = model.encode_items()
+    vectors = model.item_table()
     candidates = sorted(set(itertools.chain(*sequences)))
     sparse, dense = [[] for _ in range(levels)], []
     for items in sequences:
@@ -75,7 +75,7 @@ def test_losses_are_equations_4_to_9_written_as_loops(build, batch_of, bos, dens
 def test_the_first_code_depends_on_tokens_up_to_the_last_dense_vector_only(build, batch_of):
     """z_{t+1} is read at v_t (eq. 4): changing what comes later changes nothing before it."""
     model = build()
-    vectors = model.encode_items()
+    vectors = model.item_table()
     one, other = (model.decoder(tokens_of(model, items, vectors)[None])[0][0] for items in ([3, 7, 9], [3, 7, 30]))
     stride = model.num_levels + 1
     torch.testing.assert_close(one[: 2 * stride], other[: 2 * stride])
@@ -85,7 +85,7 @@ def test_the_first_code_depends_on_tokens_up_to_the_last_dense_vector_only(build
 @pytest.mark.parametrize("width", [6, 8])
 def test_padding_and_company_change_nothing(build, batch_of, width):
     model = build()
-    items = model.encode_items()
+    items = model.build_index()
     alone = [model.recommend(batch_of(history), 10, items) for history in HISTORIES]
     together = model.recommend(batch_of(*HISTORIES, width=width), 10, items)
     for row, single in enumerate(alone):
@@ -131,8 +131,8 @@ def exhaustive(model, history, vectors, tau, psi, per_id=False):
 @pytest.mark.parametrize("bos", [False, True])
 def test_many_beams_and_whole_cells_equal_exhaustive_scoring(build, batch_of, fusion, bos):
     model = build({"bos": bos}, search={"num_beams": 64, "per_cell": 0, "fusion": fusion, "tau": 0.9, "psi": 8.0})
-    vectors = model.encode_items()
-    found = model.recommend(batch_of(*HISTORIES), model.num_items, vectors)
+    vectors = model.item_table()
+    found = model.recommend(batch_of(*HISTORIES), model.num_items, model.build_index())
     for row, history in enumerate(HISTORIES):
         expected = exhaustive(model, history, vectors, 0.9, 8.0, fusion == "per_id")
         scores = torch.empty(model.num_items).scatter(0, found.item_ids[row] - 1, found.scores[row])
@@ -143,13 +143,13 @@ def test_many_beams_and_whole_cells_equal_exhaustive_scoring(build, batch_of, fu
 @pytest.mark.parametrize("num_beams", [1, 2, 5])
 def test_every_beam_is_a_cell_with_items_and_no_item_is_listed_twice(build, batch_of, num_beams):
     model = build(search={"num_beams": num_beams})
-    vectors = model.encode_items()
+    vectors = model.item_table()
     beams = model.generate(batch_of(*HISTORIES), vectors, num_beams)
     cells = {tuple(code) for code in model.codes[1:].tolist()}
     for leaf in beams.leaves.flatten():
         assert tuple(model.trie.codes_of_leaf[leaf].tolist()) in cells
     assert all(row.unique().numel() == len(row) for row in beams.leaves)
-    found = model.recommend(batch_of(*HISTORIES), 20, vectors)
+    found = model.recommend(batch_of(*HISTORIES), 20, model.build_index())
     for row in found.item_ids:
         real = row[row > 0]
         assert real.unique().numel() == len(real)
@@ -159,7 +159,7 @@ def test_every_beam_is_a_cell_with_items_and_no_item_is_listed_twice(build, batc
 def test_beam_probabilities_are_those_of_teacher_forcing(build, batch_of):
     """Decoding with the cache gives each semantic ID the probability that one causal pass gives it."""
     model = build()
-    vectors = model.encode_items()
+    vectors = model.item_table()
     beams = model.generate(batch_of(HISTORIES[0]), vectors, 8)
     for leaf, log_prob, dense in zip(beams.leaves[0], beams.log_probs[0], beams.hidden[0], strict=True):
         item = int(model.trie.cell_items[model.trie.cell_offsets[leaf]])
@@ -208,7 +208,7 @@ def dense_loss(build, batch, **objective):
 def test_catalogue_negatives_contrast_with_every_item(build, batch_of):
     batch = batch_of([3, 7, 9], targets=[5])
     model = build(objective={"negatives": "catalogue"})
-    vectors = model.encode_items()
+    vectors = model.item_table()
     hidden = model.decoder(tokens_of(model, [3, 7, 9, 5], vectors)[None])[0][0]
     by_hand = []
     for t, item in enumerate([7, 9, 5], start=1):
@@ -230,7 +230,7 @@ def test_each_objective_setting_changes_the_loss(build, batch_of):
 def test_mask_same_sequence_leaves_out_the_users_other_items(build, batch_of):
     batch = batch_of([3, 7], [11, 12], targets=[9, 4])
     model = build(objective={"mask_same_sequence": True})
-    vectors = model.encode_items()
+    vectors = model.item_table()
     terms = []
     for own, others in (([3, 7, 9], [11, 12, 4]), ([11, 12, 4], [3, 7, 9])):
         hidden = model.decoder(tokens_of(model, own, vectors)[None])[0][0]
@@ -253,7 +253,7 @@ def test_log_q_is_the_chance_of_being_in_the_batch(build, batch_of, catalog):
     """Twice as likely to be drawn, one log 2 less score, for rare items: 1 - (1 - p)^n is about n p."""
     batch = batch_of([3, 7], targets=[9])
     model = build(objective={"log_q": True})
-    vectors = model.encode_items()
+    vectors = model.item_table()
     hidden = model.decoder(tokens_of(model, [3, 7, 9], vectors)[None])[0][0]
     p = torch.tensor(catalog.train_counts / catalog.train_counts.sum())[[3, 7, 9]]
     log_q = (1 - (1 - p) ** 3).log()
@@ -270,18 +270,18 @@ def test_log_q_is_the_chance_of_being_in_the_batch(build, batch_of, catalog):
     ids=lambda setting: next(iter(setting)),
 )
 def test_each_search_setting_changes_the_scores(build, batch_of, setting):
-    vectors = build().encode_items()
-    plain = build().recommend(batch_of(*HISTORIES), 20, vectors)
-    changed = build(search=setting).recommend(batch_of(*HISTORIES), 20, vectors)
+    items = build().build_index()
+    plain = build().recommend(batch_of(*HISTORIES), 20, items)
+    changed = build(search=setting).recommend(batch_of(*HISTORIES), 20, items)
     assert not torch.equal(plain.scores, changed.scores)
 
 
 def test_only_bos_answers_an_empty_history(build, batch_of):
     empty = batch_of([], [3])
     with pytest.raises(InputError, match=r"user 0 has an empty history.*bos: true"):
-        build().recommend(empty, 5, build().encode_items())
+        build().recommend(empty, 5, build().build_index())
     model = build({"bos": True})
-    found = model.recommend(empty, 5, model.encode_items())
+    found = model.recommend(empty, 5, model.build_index())
     assert (found.item_ids > 0).all()
 
 
@@ -294,14 +294,14 @@ def test_a_batch_overfits(build, batch_of):
         sum(model.losses(batch).values()).backward()
         optimizer.step()
     model.eval()
-    found = model.recommend(batch, 1, model.encode_items())
+    found = model.recommend(batch, 1, model.build_index())
     assert found.item_ids[:, 0].tolist() == [4, 13, 9]
 
 
 def test_a_history_longer_than_the_positions_is_refused(build, batch_of):
     model = build({"max_items": 4})
     with pytest.raises(InputError, match=r"sequence of 6 items.*positions for 4.*decoder.max_items"):
-        model.recommend(batch_of([1, 2, 3, 4, 5, 6]), 5, model.encode_items())
+        model.recommend(batch_of([1, 2, 3, 4, 5, 6]), 5, model.build_index())
 
 
 def test_a_checkpoint_of_other_semantic_ids_is_refused(build, semantic_ids):

@@ -1,0 +1,68 @@
+"""What the processes of one run tell each other, in plain `torch.distributed`; a single process talks to nobody."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks, on every process.
+
+    Call it on every process, each with its own number of rows, which may be none. Without `torch.distributed` it is
+    `x` itself. No gradient passes.
+
+    Args:
+        x: (n, ...); n may differ between processes, the shape of a row and the type may not.
+
+    Returns:
+        (sum of n, ...) on the device of `x`.
+
+    Raises:
+        ValueError: rows of different shape or type, on every process; nothing has been exchanged.
+    """
+    if world_size() == 1:
+        return x
+    where = _meeting_device(x.device)
+    lengths = _lengths(x, where)
+    # As bytes, since the back ends differ in the types that they carry; padded, since gloo gathers equal shapes only.
+    width = math.prod(x.shape[1:])
+    sent = torch.zeros(max(lengths), width * x.element_size(), dtype=torch.uint8, device=where)
+    sent[: len(x)] = x.detach().contiguous().reshape(len(x), width).view(torch.uint8)
+    received = [torch.empty_like(sent) for _ in lengths]
+    dist.all_gather(received, sent)
+    rows = torch.cat([part[:length] for part, length in zip(received, lengths, strict=True)])
+    return rows.flatten().view(x.dtype).reshape(sum(lengths), *x.shape[1:]).to(x.device)
+
+
+def _lengths(x: Tensor, where: torch.device) -> list[int]:
+    """The number of rows of each process, once it is sure that the rows are alike."""
+    kind = (x.dtype, *x.shape[1:])
+    # Both ends of the hash must agree on every process, so it is made of text and never of `hash`, which is salted.
+    code = int.from_bytes(repr(kind).encode(), "big") % (2**61 - 1)
+    mine = torch.tensor([len(x), code], device=where)
+    each = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(each, mine)
+    lengths, codes = torch.stack(each).T.tolist()
+    if len(set(codes)) > 1:
+        raise ValueError(f"rows to gather must have one shape and type on all processes; here {x.dtype} {kind[1:]}")
+    return [int(length) for length in lengths]
+
+
+def _meeting_device(device: torch.device) -> torch.device:
+    """Where the back end can exchange: NCCL on the GPU only, gloo on the CPU."""
+    backend = dist.get_backend()
+    if backend == "nccl":
+        return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if backend == "gloo" else device
