@@ -43,7 +43,7 @@ class LabSettings:
     users: int = 256
     batch: int = 64
     repeats: int = 500
-    seconds: float = 10.0
+    seconds: float = 5.0
     threads: int = 1
     hnsw_limit: int = 1_000_000
     seed: int = 0

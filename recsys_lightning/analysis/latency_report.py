@@ -35,6 +35,7 @@ def machine() -> dict[str, str]:
         "CPU": f"{(models or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores",
         "BLAS kernels": ", ".join(_blas()) or "unknown",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "load average of 15 minutes": f"{os.getloadavg()[2]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "Python": platform.python_version(),
         "date": date.today().isoformat(),
     } | versions

@@ -76,7 +76,7 @@ def time_in_turns(
                     break
             slow = next((place for place, (_, timing) in enumerate(waiting) if timing.gave_up), len(waiting))
             for _, timing in waiting[slow + 1 :]:
-                timing.gave_up = f"not tried, since a cheaper search was given up: {waiting[slow][1].gave_up}"
+                timing.gave_up = f"not tried: a cheaper search was given up, {waiting[slow][1].gave_up}"
             waiting = [pair for pair in waiting[:slow] if not pair[1].is_done(repeats, seconds)]
     finally:
         if was_enabled:
@@ -108,5 +108,5 @@ def _take_turn(
             if timing.is_done(repeats, seconds):
                 return
         elif start == 0 and took > seconds:
-            timing.gave_up = f"one call took {took:.3g} s, above the limit of {seconds:g} s"
+            timing.gave_up = f"a call took {took:.3g} s, limit {seconds:g} s"
             return

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -113,12 +114,13 @@ def _check_output(output: Path) -> None:
     """Refuse now what could not be written an hour later."""
     from recsys_lightning.analysis.latency_figure import require_matplotlib
 
-    if output.suffix != ".md":
-        raise InputError(f"--output {output} must end in .md")
+    if output.suffix != ".md" or output.is_dir():
+        raise InputError(f"--output {output} must be a file that ends in .md")
     require_matplotlib()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write(output.with_suffix(".csv"), b"")
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from error
 

@@ -97,9 +97,21 @@ def ready_vectors(data: SequenceDataModule) -> list[list[str]]:
 
 def cobra_profile(folder: Path, beams: int, options: list[str]) -> tuple[list[list[str]], list[list[str]], str]:
     """COBRA's evaluation: totals, the costliest functions of ours, and the share of the trie."""
-    command = ["validate", "-c", str(folder / "config.yaml"), f"--run_dir={folder}", "--trainer.limit_val_batches=0"]
-    cli = run([*command, f"--model.model.search.num_beams={beams}", "--trainer.logger=false", *options])
-    model, data = cli.model.built.eval().cpu(), cli.datamodule
+    words = [
+        "audit",
+        "-c",
+        str(folder / "config.yaml"),
+        f"--run_dir={folder}",
+        "--ckpt_path=best",
+    ]  # builds, runs nothing
+    cli = run([*words, f"--model.model.search.num_beams={beams}", *options])
+    data = cli.datamodule
+    data.prepare_data()
+    data.setup()
+    model = cli.model.build_model(data.catalog)
+    state = torch.load(cli.config[cli.subcommand].ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("recommender."): tensor for name, tensor in state.items()})
+    model.eval()
     settings, loader = cli.model.evaluation, data.test_dataloader()
     evaluator = Evaluator(settings, data.catalog, data.data.interactions.lengths, model.prefix_trie)
     profile = cProfile.Profile()

@@ -6,6 +6,10 @@ import sys
 from itertools import product
 
 import pytest
+import torch
+
+from recsys_lightning.retrieval.index import Found
+from recsys_lightning.retrieval.soft_search import soft_search
 
 SMALL = [
     *["--items", 200, 400, "--interests", 1, 2, 4, "--dim", 8, "--k", 5, "--users", 12, "--batch", 8],
@@ -97,7 +101,7 @@ def test_the_seed_decides_what_is_drawn(recsys, tmp_path):
         (["--items", "many"], "'many' is no whole number"),
         (["--items", 1.5], "'1.5' is no whole number"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--output", "x.csv"], "x.csv must end in .md"),
+        (["--output", "x.csv"], "x.csv must be a file that ends in .md"),
         (["--speed", "fast"], "unrecognized arguments"),
     ],
 )
@@ -152,6 +156,31 @@ def test_cells_are_left_out_by_name_where_memory_is_short(recsys, tmp_path, monk
     assert reasons["400", "exact"].startswith("the vectors alone need")
     assert reasons["200", "exact"] == ""
     assert "GB are free" in reasons["200", "hnsw"]
+
+
+def test_the_threads_are_those_of_every_search(recsys, monkeypatch):
+    seen = set()
+
+    def counting(*given: object) -> Found:
+        seen.add(torch.get_num_threads())
+        return soft_search(*given)
+
+    monkeypatch.setattr("recsys_lightning.analysis.latency.soft_search", counting)
+    for threads in (1, 2):
+        seen.clear()
+        assert recsys("benchmark", "retrieval", *SMALL, "--indexes", "exact", "--threads", threads).status == 0
+        assert seen == {threads}
+
+
+def test_cells_that_take_longer_than_their_seconds_are_left_out_by_name_and_the_report_is_written(recsys, tmp_path):
+    output = tmp_path / "x.md"
+    given = ["--indexes", "exact", "--items", 200, "--seconds", 1e-9, "--output", output]
+    assert recsys("benchmark", "retrieval", *SMALL, *given).status == 0
+    cells = list(csv.DictReader(output.with_suffix(".csv").open()))
+    assert [cell["calls"] for cell in cells] == ["0"] * 3
+    assert all("one user: a call took" in cell["left_out"] for cell in cells[:1])
+    assert all("one user: not tried" in cell["left_out"] for cell in cells[1:])
+    assert [row[3] for row in table(output.read_text(), "Left out")] == ["1", "2, 4"]
 
 
 def test_what_was_measured_is_on_disk_before_the_end(recsys, tmp_path, monkeypatch):
