@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from recsys_lightning.analysis.compare import Row, Score
+from recsys_lightning.analysis.compare import Row
+from recsys_lightning.analysis.groups import Score
 from recsys_lightning.analysis.paired import Interval, Key
 from recsys_lightning.errors import InputError
 

@@ -5,7 +5,8 @@ Source: COBRA (arXiv:2503.02453) Table 2. All rows but COBRA's are the ones TIGE
 
 from collections.abc import Sequence
 
-from recsys_lightning.analysis.compare import Group, Row, Score
+from recsys_lightning.analysis.compare import Row
+from recsys_lightning.analysis.groups import Group, Score
 
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 

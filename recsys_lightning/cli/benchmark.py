@@ -26,7 +26,8 @@ def run(arguments: Sequence[str]) -> None:
     """Measure the latency and the recall of retrieval; write a report, all cells and pictures where asked."""
     given = _parsed(arguments)
     from recsys_lightning.analysis import latency_report as report
-    from recsys_lightning.analysis.compare import shown_path, terminal_table
+    from recsys_lightning.analysis.compare import terminal_table
+    from recsys_lightning.analysis.groups import shown_path
 
     settings = _settings(given)
     if given.output is not None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from recsys_lightning.analysis import compare
+from recsys_lightning.analysis.groups import group_runs, load_run, shown_path, warnings
 from recsys_lightning.analysis.published import TABLE_2, published_rows, standing
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
@@ -23,14 +24,15 @@ def run(arguments: Sequence[str]) -> None:
     """Print a table of runs and a paired test; write them as Markdown, CSV and a picture where asked."""
     given = _parsed(arguments)
     from recsys_lightning.analysis import paired
+    from recsys_lightning.analysis.user_values import all_values
 
-    groups = compare.group_runs([compare.load_run(name) for name in given.runs])
+    groups = group_runs([load_run(name) for name in given.runs])
     baseline = paired.find_baseline(groups, given.baseline).name
     measured = compare.rows(groups, given.stage, given.metrics)
     table = measured + (published_rows(given.published, given.metrics) if given.published else [])
-    known, remarks = paired.all_values(groups, given.stage, given.metrics)
+    known, remarks = all_values(groups, given.stage, given.metrics)
     tests, unpaired = paired.paired_tests(known, baseline, given.resamples, given.seed)
-    remarks = compare.warnings(groups) + remarks + unpaired
+    remarks = warnings(groups) + remarks + unpaired
     if tests:
         numbers = {"resamples": given.resamples, "seed": given.seed, "tests": len(tests)}
         remarks += [note.format(**numbers, smallest=given.resamples + 1) for note in paired.NOTES]
@@ -57,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     parts = [compare.markdown_table(head, body, bold), f"![{given.title}]({image.name.replace(' ', '%20')})"]
     if pairs:
         parts += [f"## {heading}", compare.markdown_table(paired.PAIRED_HEADER, pairs)]
-    command = shlex.join(["recsys", *map(compare.shown_path, arguments)])
+    command = shlex.join(["recsys", *map(shown_path, arguments)])
     report = compare.markdown_report(given.title, command, groups, parts, remarks)
     csv = paired.csv_text(measured, given.metrics, baseline, tests)
     given.output.parent.mkdir(parents=True, exist_ok=True)

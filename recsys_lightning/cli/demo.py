@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from recsys_lightning.analysis.compare import load_results, markdown_table, terminal_table
+from recsys_lightning.analysis.compare import markdown_table, terminal_table
+from recsys_lightning.analysis.groups import load_results
 from recsys_lightning.errors import InputError
 
 FOLDER = Path("experiments/demo")

@@ -9,21 +9,14 @@ import pytest
 import yaml
 
 from recsys_lightning.analysis.compare import (
-    Group,
-    Run,
-    Score,
     best_cells,
     body,
-    group_runs,
     header,
-    load_results,
-    load_run,
     markdown_report,
     markdown_table,
     rows,
-    shown_path,
-    warnings,
 )
+from recsys_lightning.analysis.groups import Group, Run, Score, group_runs
 from recsys_lightning.analysis.published import TABLE_2, published_rows
 from recsys_lightning.cli import main
 from recsys_lightning.errors import InputError
@@ -96,12 +89,6 @@ def report_of(*results: dict) -> str:
     return markdown_report("Beauty", "recsys compare x", groups, [table])
 
 
-def test_a_run_is_its_folder_or_its_results_file(folders):
-    assert load_results(folders[0]) == COBRA
-    assert load_results(str(folders[0])) == load_results(folders[0] / "results.json")
-    assert load_run(folders[0]) == load_run(f"{folders[0]}/results.json") == Run(NAMES[0], folders[0], COBRA)
-
-
 def test_a_run_has_a_row_over_all_items_and_one_over_unseen_ones():
     assert header(METRICS) == ["run", "model", "split", "seeds", "recall@5", "ndcg@5"]
     assert body(rows(groups_of(COBRA, POPULARITY), "test", METRICS)) == [
@@ -143,115 +130,25 @@ def test_an_unknown_metric_names_those_there_are():
 # ------------------------------------------------------------------------------------------------------ seeds of a row
 
 
-def seeded(seed: int, recall: float = 0.04, place: str = "runs/cobra/beauty-seed{}", **changes: object) -> dict:
-    """A run that differs from its fellows wherever a seed shows."""
-    folder = place.format(seed)
-    config = {
-        "seed_everything": seed,
-        "run_dir": folder,
-        "ckpt_path": f"{folder}/checkpoints/best.ckpt",
-        "verbose": bool(seed % 2),
-        "trainer": {"max_epochs": 3, "default_root_dir": folder, "logger": [{"save_dir": folder}]},
-        "checkpoint": {"dirpath": f"{folder}/checkpoints", "monitor": "val/ndcg@10"},
-        "data": {"init_args": {"seed": seed + 1, "k_core": 5, "source": {"init_args": {"seed": 0}}}},
-        "model": {"init_args": {"semantic_ids": f"runs/rqvae/beauty-seed{seed}/semantic_ids.safetensors"}},
-    }
-    return {**COBRA, "run": folder, "seed": seed, "metrics": {"test/recall@5": recall}, "config": config, **changes}
+def of_seed(seed: int, metrics: dict[str, float], **settings: object) -> dict:
+    """COBRA trained with another seed, and with other settings where there are any."""
+    config = {**COBRA["config"], **settings, "seed_everything": seed}
+    return {**COBRA, "run": f"runs/cobra/beauty-seed{seed}", "seed": seed, "metrics": metrics, "config": config}
 
 
-def changed(result: dict, path: str, value: object) -> dict:
-    """The same with another value in its configuration."""
-    result = copy.deepcopy(result)
-    *parents, last = path.split(".")
-    part = result["config"]
-    for key in parents:
-        part = part[key]
-    part[last] = value
-    return result
-
-
-def test_runs_that_differ_in_their_seed_alone_are_one_row_of_mean_and_deviation():
-    values = (0.040, 0.043, 0.052)
-    found = groups_of(*(seeded(seed, value) for seed, value in zip((42, 43, 44), values, strict=True)))
-    assert [(group.name, len(group.runs)) for group in found] == [("runs/cobra/beauty-seed*", 3)]
-    mean = sum(values) / 3
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
-    score = found[0].score("test/recall@5")
-    assert (score.mean, score.sd) == (pytest.approx(mean, abs=1e-15), pytest.approx(deviation, abs=1e-15))
+def test_seeds_share_a_row_of_mean_and_deviation():
+    runs = [of_seed(seed, {"test/recall@5": value}) for seed, value in ((42, 0.040), (43, 0.043), (44, 0.052))]
     row = ["runs/cobra/beauty-seed*", "COBRA", "test", "3", "0.0450 ± 0.0062"]
-    assert body(rows(found, "test", ["recall@5"])) == [row]
-
-
-@pytest.mark.parametrize(
-    "form", ["beauty-seed{}", "beauty-seed={}", "beauty-seed-{}", "seed{}/beauty", "beauty_SEED{}"]
-)
-def test_a_seed_inside_a_path_is_a_seed(form):
-    change = "model.init_args.semantic_ids"
-    runs = [changed(seeded(seed), change, f"runs/rqvae/{form.format(seed)}/ids.safetensors") for seed in (1, 12)]
-    assert len(groups_of(*runs)) == 1
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("trainer.max_epochs", 4),
-        ("data.init_args.k_core", 6),
-        ("data.init_args.source.init_args.seed", 1),  # another catalogue, not another training
-        ("checkpoint.monitor", "val/recall@10"),
-        ("model.init_args.semantic_ids", "runs/rqvae/sports-seed43/semantic_ids.safetensors"),
-    ],
-)
-def test_runs_of_other_settings_are_rows_of_their_own(path, value):
-    assert len(groups_of(seeded(42), changed(seeded(43), path, value))) == 2
-
-
-def test_runs_of_another_model_or_on_other_data_are_rows_of_their_own_with_names_of_their_own():
-    other = seeded(43, data={**COBRA["data"], "fingerprint": "f" * 64})
-    assert [group.name for group in groups_of(seeded(42), other, seeded(44), seeded(45, model="SPARC"))] == [
-        "runs/cobra/beauty-seed*",
-        "runs/cobra/beauty-seed43",
-        "runs/cobra/beauty-seed45",
-    ]
-    same_place = {**other, "run": "runs/cobra/beauty-seed42"}
-    names = [group.name for group in groups_of(seeded(42), same_place)]
-    assert names == ["runs/cobra/beauty-seed42", "runs/cobra/beauty-seed42 #2"]
-
-
-def test_seeds_in_folders_without_a_common_name_are_named_after_the_first():
-    runs = [seeded(1, place="runs/first"), seeded(2, place="runs/again"), seeded(3, place="elsewhere")]
-    assert [group.name for group in groups_of(*runs)] == ["runs/first (3 runs)"]
+    assert body(rows(groups_of(*runs), "test", ["recall@5"])) == [row]
 
 
 def test_a_metric_that_some_seeds_lack_says_of_how_many_it_is():
-    runs = [seeded(1, 0.1), seeded(2, 0.3), seeded(3, metrics={"test/recall@10": 0.5})]
+    runs = [of_seed(1, {"test/recall@5": 0.1}), of_seed(2, {"test/recall@5": 0.3}), of_seed(3, {"test/recall@10": 0.5})]
     assert body(rows(groups_of(*runs), "test", ["recall@5", "recall@10"]))[0][3:] == [
         "3",
         "0.2000 ± 0.1414 (n=2)",
         "0.5000 (n=1)",
     ]
-
-
-def test_one_trained_model_never_counts_twice():
-    twin = seeded(42, place="runs/copy-of-{}")
-    with pytest.raises(InputError, match=r"runs/cobra/beauty-seed42 and runs/copy-of-42 are .* same seed \(42\)"):
-        groups_of(seeded(42), seeded(43), twin)
-
-
-def test_the_same_seed_on_semantic_ids_of_other_seeds_is_not_a_duplicate():
-    path = "model.init_args.semantic_ids"
-    runs = [changed(seeded(42, place=f"runs/{at}"), path, f"rqvae/seed{at}/ids.safetensors") for at in (1, 2)]
-    assert [len(group.runs) for group in groups_of(*runs)] == [2]
-
-
-def test_other_data_and_other_code_are_warned_of():
-    assert warnings(groups_of(seeded(1), seeded(2), POPULARITY)) == []
-    elsewhere = {**POPULARITY, "data": {**COBRA["data"], "fingerprint": "fedcba987654" * 5}}
-    (warning,) = warnings(groups_of(seeded(1), elsewhere))
-    assert "Not comparable" in warning
-    assert "0123456789ab" in warning
-    assert "fedcba987654" in warning
-    (warning,) = warnings(groups_of(seeded(1), seeded(2, code={**COBRA["code"], "sha256": "0" * 64})))
-    assert "different versions of the code" in warning
 
 
 # ---------------------------------------------------------------------------------------------------------- best values
@@ -277,14 +174,14 @@ def test_the_best_of_each_column_and_split_is_bold():
     [("tail/recall@10", {1}), ("coverage@10", {1}), ("gini@10", {0}), ("collision_rate", {0}), ("novelty@10", set())],
 )
 def test_what_is_best_depends_on_the_metric(metric, best):
-    low, high = ({**seeded(seed), "metrics": {f"test/{metric}": value}} for seed, value in ((1, 0.2), (2, 0.4)))
-    table = rows(groups_of(low, changed(high, "trainer.max_epochs", 9)), "test", [metric])
+    results = [of_seed(1, {f"test/{metric}": value}, max_epochs=at) for at, value in enumerate((0.2, 0.4))]
+    table = rows(groups_of(*results), "test", [metric])
     assert {line for line, _ in best_cells(table, [metric])} == best
 
 
 def test_values_that_print_alike_are_equally_good_and_equal_rows_have_no_best():
     values = (0.04321, 0.04319, 0.01)
-    results = [changed(seeded(1, value), "trainer.max_epochs", at) for at, value in enumerate(values)]
+    results = [of_seed(1, {"test/recall@5": value}, max_epochs=at) for at, value in enumerate(values)]
     assert best_cells(rows(groups_of(*results), "test", ["recall@5"]), ["recall@5"]) == {(0, 4), (1, 4)}
     assert best_cells(rows(groups_of(*results[:2]), "test", ["recall@5"]), ["recall@5"]) == set()
 
@@ -325,12 +222,9 @@ def test_the_report_does_without_a_gpu_a_seed_a_text_encoder_and_a_commit():
     assert provenance[9].split() == ["0.1.0", "fedcba987654"]
 
 
-def test_a_report_does_not_tell_where_on_a_machine_things_are(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert shown_path("runs/x") == "runs/x"
-    assert shown_path(str(tmp_path / "runs/x")) == "runs/x"
-    assert shown_path("/home/somebody/secret/models/minilm") == "models/minilm"
-    found = report_of(changed(seeded(1), "model.init_args.semantic_ids", "/home/somebody/secret/rqvae/ids.safetensors"))
+def test_a_report_does_not_tell_where_on_a_machine_things_are():
+    model = {"init_args": {"semantic_ids": "/home/somebody/secret/rqvae/ids.safetensors"}}
+    found = report_of(of_seed(1, {"test/recall@5": 0.04}, model=model))
     assert "somebody" not in found
     assert "rqvae/ids.safetensors" in found
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from recsys_lightning.analysis import figures
-from recsys_lightning.analysis.compare import Row, Score
+from recsys_lightning.analysis.compare import Row
 from recsys_lightning.analysis.figures import _wrapped, comparison_png
+from recsys_lightning.analysis.groups import Score
 from recsys_lightning.analysis.paired import Interval
 from recsys_lightning.analysis.published import published_rows
 from recsys_lightning.cli import main
@@ -134,7 +135,8 @@ def test_drawing_leaves_matplotlibs_global_state_alone():
     """A notebook's own figures and backend stay what they are."""
     code = (
         "import sys; from recsys_lightning.analysis.figures import comparison_png;"
-        "from recsys_lightning.analysis.compare import Row, Score;"
+        "from recsys_lightning.analysis.compare import Row;"
+        "from recsys_lightning.analysis.groups import Score;"
         "comparison_png('', [Row('a', 'b', 'test', 1, (Score((0.1,)),))], ['recall@5'], {});"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -1,6 +1,5 @@
 """Paired statistics against formulas and scipy, on ranks that a person can picture."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,25 +8,22 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from recsys_lightning.analysis.compare import Group, Row, Run, Score, group_runs, load_run, rows
+from recsys_lightning.analysis.compare import Row, rows
+from recsys_lightning.analysis.groups import Group, Score, group_runs, load_run
 from recsys_lightning.analysis.paired import (
     CSV_COLUMNS,
     PairedTest,
-    Unpaired,
-    all_values,
     bootstrap_interval,
     csv_text,
     find_baseline,
-    group_values,
     holm,
     paired_body,
     paired_test,
     paired_tests,
-    read_ranks,
     resampled_means,
     user_intervals,
-    user_values,
 )
+from recsys_lightning.analysis.user_values import all_values
 from recsys_lightning.cli import main
 from recsys_lightning.errors import InputError
 
@@ -137,126 +133,9 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-# ----------------------------------------------------------------------------------------------- values of single users
-
-
-def ranks_table(first: list[int], unseen: list[int] | None = None, users: list[str] | None = None) -> pl.DataFrame:
-    """One answer a user, without ties."""
-    unseen = first if unseen is None else unseen
-    names = [f"user {at:04}" for at in range(len(first))] if users is None else users
-    columns = {"first": first, "first_unseen": unseen}
-    columns |= {"tied": [int(rank > 0) for rank in first], "tied_unseen": [int(rank > 0) for rank in unseen]}
-    ids = {"user_id": names, "item_id": [f"item {name[-1]}" for name in names]}
-    return pl.DataFrame({**ids, **columns}).with_columns(pl.col(list(columns)).cast(pl.Int32))
-
-
-def test_metrics_of_each_user_follow_from_his_ranks():
-    ranks = ranks_table([1, 3, 0, 11], unseen=[1, 2, 0, 10])
-    assert user_values(ranks, "recall@10", unseen=False).tolist() == [1, 1, 0, 0]
-    assert user_values(ranks, "recall@10", unseen=True).tolist() == [1, 1, 0, 1]
-    assert user_values(ranks, "hit_rate@2", unseen=False).tolist() == [1, 0, 0, 0]
-    assert user_values(ranks, "ndcg@10", unseen=False).tolist() == pytest.approx([1, 0.5, 0, 0])
-    assert user_values(ranks, "mrr@20", unseen=False).tolist() == pytest.approx([1, 1 / 3, 0, 1 / 11])
-    assert user_values(ranks, "map@10", unseen=True).tolist() == pytest.approx([1, 1 / 2, 0, 1 / 10])
-
-
-def test_ties_and_several_answers_count_as_the_metrics_count_them():
-    ranks = pl.DataFrame(
-        {
-            "user_id": ["a", "b", "b", "b"],
-            "item_id": ["x", "x", "y", "z"],
-            "first": [2, 1, 5, 0],
-            "tied": [3, 1, 1, 0],
-            "first_unseen": [2, 1, 5, 0],
-            "tied_unseen": [2, 1, 1, 0],
-        }
-    )
-    # a stands on rank 2, 3 or 4, without what he has met on 2 or 3; b has answers on 1, on 5 and nowhere.
-    assert user_values(ranks, "recall@3", unseen=False).tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert user_values(ranks, "recall@2", unseen=True).tolist() == pytest.approx([1 / 2, 1 / 3])
-    best = 1 + 1 / math.log2(3) + 1 / 2
-    found = 1 + 1 / math.log2(6)
-    assert user_values(ranks, "ndcg@5", unseen=True)[1] == pytest.approx(found / best)
-    assert user_values(ranks, "ndcg@5", True, "comirec")[1] == pytest.approx(found / (1 + 1 / math.log2(3)))
-
-
-@pytest.mark.parametrize(
-    "metric", ["tail/recall@10", "coverage@10", "semantic-id/recall@10", "users", "recall", "auc@5"]
-)
-def test_slices_and_metrics_of_lists_are_not_had_from_ranks(metric):
-    assert user_values(ranks_table([1, 2]), metric, unseen=False) is None
-
-
-def test_the_order_of_a_ranks_file_does_not_matter(tmp_path):
-    table = ranks_table([1, 3, 0, 11])
-    table.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "ranks.parquet")
-    assert read_ranks(tmp_path / "ranks.parquet").equals(table)
-
-
-def test_a_file_that_is_no_ranks_file_is_refused(tmp_path):
-    path = tmp_path / "ranks-test.parquet"
-    path.write_text("user_id,first\n")
-    with pytest.raises(InputError, match=r"ranks-test.parquet is not a Parquet file"):
-        read_ranks(path)
-    ranks_table([1]).drop("tied").write_parquet(path)
-    with pytest.raises(InputError, match=r"ranks-test.parquet lacks tied"):
-        read_ranks(path)
-    ranks_table([]).write_parquet(path)
-    with pytest.raises(InputError, match=r"is empty or has gaps"):
-        read_ranks(path)
-    ranks_table([1, 2]).with_columns(first=pl.Series([1, None], dtype=pl.Int32)).write_parquet(path)
-    with pytest.raises(InputError, match=r"is empty or has gaps"):
-        read_ranks(path)
-
-
 # --------------------------------------------------------------------------------------------------------------- runs
 
-USERS = 400
-
-
-def drawn_ranks(rng: np.random.Generator, hit_rate: float) -> list[int]:
-    return [int(rng.integers(1, 11)) if rng.random() < hit_rate else 0 for _ in range(USERS)]
-
-
-def write_run(folder: Path, first: list[int], unseen: list[int], seed: int, users: list[str] | None = None) -> Path:
-    """A run folder whose metrics are worked out by hand from its ranks."""
-    folder.mkdir(parents=True)
-    metrics = {"test/tail/recall@10": 0.01 * seed, "test/users": float(len(first))}
-    for split, ranks in (("test", first), ("test-unseen", unseen)):
-        metrics[f"{split}/recall@5"] = sum(0 < rank <= 5 for rank in ranks) / len(ranks)
-        metrics[f"{split}/ndcg@10"] = sum(1 / math.log2(rank + 1) for rank in ranks if 0 < rank <= 10) / len(ranks)
-    results = {
-        "run": "elsewhere",
-        "model": folder.parent.name.upper(),
-        "seed": seed,
-        "metrics": metrics,
-        "data": {"source": "made up", "fingerprint": "0" * 64, "text_encoder": None},
-        "hardware": {"devices": 1, "gpu": None, "cpu": "x86_64", "cpu_cores": 2, "torch": "2.13.0"},
-        "seconds_by_command": {"fit": 1.0},
-        "code": {"version": "0.2.0", "sha256": "1" * 64, "commit": None},
-        "config": {"seed_everything": seed, "run_dir": str(folder), "model": {"class_path": folder.parent.name}},
-    }
-    (folder / "results.json").write_text(json.dumps(results))
-    ranks_table(first, unseen, users).write_parquet(folder / "ranks-test.parquet")
-    return folder
-
-
 METRICS = ["recall@5", "ndcg@10", "tail/recall@10"]
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """Two seeds of a good model and one of a bad one; their ranks over all items by folder."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    first = {
-        "runs/good/seed1": drawn_ranks(rng, 0.5),
-        "runs/good/seed2": drawn_ranks(rng, 0.5),
-        "runs/bad/seed1": drawn_ranks(rng, 0.1),
-    }
-    for name, ranks in first.items():
-        write_run(Path(name), ranks, [max(rank - 1, 0) for rank in ranks], int(name[-1]))
-    return first
 
 
 def groups_of(*folders: str) -> list[Group]:
@@ -297,8 +176,9 @@ def test_what_else_is_compared_does_not_change_a_test(runs):
     assert one[:4] == paired_tests(known, "runs/good/seed*", 300, 0)[0][key][:4]
 
 
-def test_missing_ranks_are_said_and_the_others_still_tested(runs):
-    write_run(Path("runs/third/seed1"), [1] * USERS, [1] * USERS, 1)
+def test_missing_ranks_are_said_and_the_others_still_tested(runs, write_run):
+    ones = [1] * len(runs["runs/bad/seed1"])
+    write_run(Path("runs/third/seed1"), ones, ones, 1)
     Path("runs/third/seed1/ranks-test.parquet").unlink()
     known, (remark,) = all_values(groups_of(*runs, "runs/third/seed1"), "test", METRICS)
     assert "runs/third/seed1 has no ranks-test.parquet" in remark
@@ -306,14 +186,8 @@ def test_missing_ranks_are_said_and_the_others_still_tested(runs):
     assert paired_tests(known, "runs/third/seed1", 200, 0) == ({}, [])
 
 
-def test_nobody_asks_for_ranks_where_no_metric_is_made_of_them(runs):
-    """Tokenizers have none."""
-    Path("runs/bad/seed1/ranks-test.parquet").unlink()
-    assert all_values(groups_of(*runs), "test", ["tail/recall@10", "cells"]) == ({}, [])
-
-
-def test_other_users_are_never_paired(runs):
-    users = [f"user {at:04}" for at in range(3, USERS + 5)]
+def test_other_users_are_never_paired(runs, write_run):
+    users = [f"user {at:04}" for at in range(3, len(runs["runs/bad/seed1"]) + 5)]
     write_run(Path("runs/other/seed1"), [1] * len(users), [1] * len(users), 1, users)
     known, _ = all_values(groups_of(*runs, "runs/other/seed1"), "test", METRICS)
     tests, (remark,) = paired_tests(known, "runs/good/seed*", 200, 0)
@@ -331,30 +205,6 @@ def test_other_answers_of_the_same_users_are_never_paired(runs):
     tests, (remark,) = paired_tests(known, "runs/good/seed*", 200, 0)
     assert not tests
     assert "the same users but other answers for 7 of them" in remark
-
-
-def test_seeds_on_other_users_are_no_group_of_pairs(runs):
-    write_run(Path("runs/good/seed3"), [1] * 10, [1] * 10, 3)
-    with pytest.raises(Unpaired, match=r"runs/good/seed1. and .runs/good/seed3. were measured on different users"):
-        group_values(groups_of("runs/good/seed1", "runs/good/seed3")[0], "test", METRICS)
-
-
-def test_ranks_of_another_evaluation_are_not_taken_for_those_of_the_results(runs):
-    other = [5] * USERS
-    ranks_table(other).write_parquet("runs/bad/seed1/ranks-test.parquet")
-    with pytest.raises(Unpaired, match=r"test/recall@5 1\.000000, its results\.json says 0\.0"):
-        group_values(groups_of("runs/bad/seed1")[0], "test", METRICS)
-
-
-def test_the_normalizer_of_ndcg_is_that_of_the_runs_evaluation(tmp_path):
-    table = pl.concat([ranks_table([1]), ranks_table([0]).with_columns(item_id=pl.lit("missed"))])
-    table.write_parquet(tmp_path / "ranks-test.parquet")
-    ideal = 1 / (1 + 1 / math.log2(3))
-    for normalizer, value in (("ideal", ideal), ("comirec", 1.0), (None, ideal)):
-        evaluation = {} if normalizer is None else {"evaluation": {"ndcg_normalizer": normalizer}}
-        results = {"metrics": {"test/ndcg@5": value}, "config": {"model": {"init_args": evaluation}}}
-        found = group_values(Group("x", (Run("x", tmp_path, results),)), "test", ["ndcg@5"])
-        assert found.values["test", "ndcg@5"].tolist() == pytest.approx([value])
 
 
 def test_the_baseline_is_the_first_group_or_the_one_of_a_run(runs):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys_lightning.analysis.compare import load_results
+from recsys_lightning.analysis.groups import load_results
 from recsys_lightning.cli import main
 from recsys_lightning.data.sources import Synthetic
 
