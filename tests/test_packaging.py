@@ -35,7 +35,7 @@ def test_no_dependency_brings_them_by_another_name():
 
 def test_the_extras_that_are_promised_exist():
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) >= {"cpu", "gpu", "text", "wandb", "tensorboard", "dev"}
+    assert set(extras) >= {"cpu", "gpu", "text", "wandb", "tensorboard", "plots", "dev"}
     assert list(requirements(extras["cpu"])) == ["faiss-cpu"]
     assert list(requirements(extras["gpu"])) == ["faiss-gpu"], "never faiss-gpu-cu12: it aborts on Hopper GPUs"
     assert requirements(extras["dev"])["recsys_lightning"].extras <= set(extras)

@@ -94,7 +94,7 @@ class Evaluator(nn.Module):
         thorough: bool = True,
     ):
         super().__init__()
-        self.longest, self.num_users = max(settings.ks), len(user_lengths)
+        self.longest, self.num_users, self.num_items = max(settings.ks), len(user_lengths), catalog.num_items
         self.ranking, self.lists = nn.ModuleDict(), nn.ModuleDict()
         items = item_slices(torch.as_tensor(catalog.train_counts), settings.popularity_cuts) if thorough else {}
         users = user_slices(torch.as_tensor(user_lengths), settings.cold_user) if thorough else {}
@@ -111,7 +111,18 @@ class Evaluator(nn.Module):
         self.rows: list[Tensor] = []
 
     def update(self, batch: SequenceBatch, answered: Recommendations) -> None:
-        """Add a batch of users and their lists, which must be long enough once all they have seen is struck."""
+        """Add a batch of users and their lists, which must be long enough once all they have seen is struck.
+
+        Raises:
+            InputError: an answer is no item of the catalogue.
+        """
+        unknown = (batch.target > self.num_items).any(1)  # (B,)
+        if bool(unknown.any()):
+            row = int(unknown.nonzero()[0, 0])
+            raise InputError(
+                f"user {int(batch.user[row])} has item {int(batch.target[row].max())} as an answer, but the catalogue "
+                f"has {self.num_items} items: the interactions and the items are of different data"
+            )
         ranks: dict[str, TargetRanks] = {}
         for column, listed in zip(COLUMNS, (answered, answered.without(batch.seen)), strict=True):
             ranks[column] = rank_targets(listed.item_ids, listed.scores, batch.target)

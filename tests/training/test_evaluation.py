@@ -174,6 +174,21 @@ def test_metrics_and_cut_offs_are_the_users_choice(data):
     }
 
 
+def test_users_without_an_answer_are_left_out_and_counted_and_an_unknown_answer_is_named(data, batch_of):
+    data.prepare_data()
+    data.setup()
+    evaluator = Evaluator(EvaluationSettings(ks=(1, 500)), data.catalog, data.data.interactions.lengths)
+    batch = batch_of([1], [2], targets=[3, 0])
+    lists = Recommendations(torch.tensor([[3, 9], [9, 6]]), torch.tensor([[3.0, 2], [3, 2]]))
+    evaluator.update(batch, lists)
+    found = evaluator.compute()
+    assert (found["/users"], found["/users_without_answer"], found["/recall@1"]) == (1, 1, 1)
+    assert found["/users_left_out"] == 89
+    assert found["/recall@500"] == 1  # of 24 items: a cut-off beyond the catalogue takes all there is
+    with pytest.raises(InputError, match="user 1 has item 99 as an answer, but the catalogue has 24 items"):
+        evaluator.update(batch_of([1], [2], targets=[3, 99]), lists)
+
+
 def test_the_normalizer_of_ndcg_matters_for_several_answers(data, batch_of):
     data.prepare_data()
     data.setup()
