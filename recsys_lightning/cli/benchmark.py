@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
         if given.output is not None and cell.interests == max(settings.interests):
             # What is measured is kept, whatever happens to the rest.
             _write(given.output.with_suffix(".csv"), report.cells_frame(cells).write_csv().encode())
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no edge to fold at
     console.print(terminal_table("What soft search costs", report.TERMINAL_HEAD, report.terminal_rows(cells)))
     if left_out := report.left_out_rows(cells):
         console.print(terminal_table("Left out", report.LEFT_OUT_HEAD, left_out))

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     head, body, bold = compare.header(given.metrics), compare.body(table), compare.best_cells(table, given.metrics)
     pairs = paired.paired_body(measured, given.metrics, baseline, tests) if tests else []
     heading = f"Difference from {baseline}, over the same users"
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no edge to fold at
     console.print(compare.terminal_table(given.title, head, body, bold))
     if pairs:
         console.print(compare.terminal_table(heading, paired.PAIRED_HEADER, pairs))
