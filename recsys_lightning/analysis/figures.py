@@ -32,7 +32,7 @@ def require_matplotlib() -> None:
         InputError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('the picture of a comparison needs matplotlib: pip install "recsys_lightning[plots]"')
+        raise InputError('pictures need matplotlib: pip install "recsys_lightning[plots]"')
 
 
 def comparison_png(

@@ -1,13 +1,12 @@
 """Pictures of the latency lab. They need matplotlib, the extra ``plots``."""
 
-import importlib.util
 import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from recsys_lightning.analysis.figures import require_matplotlib
 from recsys_lightning.analysis.latency_plan import Cell
 from recsys_lightning.analysis.latency_report import operating_points, shown_cells, shown_interests
-from recsys_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,16 +16,6 @@ WIDTH, PANEL, DPI = 12.0, 4.2, 100  # inches, inches of a row of panels, dots pe
 # Okabe and Ito's palette, which the colour-blind can tell apart; the marker says the same once more.
 _STYLES = {"exact": ("#000000", "s"), "ivf": ("#0072B2", "o"), "hnsw": ("#D55E00", "^")}
 _ON_GPU = {"exact": ("#009E73", "D"), "ivf": ("#CC79A7", "v"), "hnsw": ("#E69F00", "P")}
-
-
-def require_matplotlib() -> None:
-    """Nothing, if pictures can be drawn.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('the pictures of the latency lab need matplotlib: pip install "recsys_lightning[plots]"')
 
 
 def latency_png(cells: Sequence[Cell]) -> bytes:

@@ -114,7 +114,7 @@ def _settings(given: argparse.Namespace) -> "LabSettings":
 
 def _check_output(output: Path) -> None:
     """Refuse now what could not be written an hour later."""
-    from recsys_lightning.analysis.latency_figure import require_matplotlib
+    from recsys_lightning.analysis.figures import require_matplotlib
 
     if output.suffix != ".md" or output.is_dir():
         raise InputError(f"--output {output} must be a file that ends in .md")
