@@ -56,7 +56,7 @@ format: $(STAMP) ## format the code and mend what the linter can
 bench-evaluation: $(STAMP) ## what an evaluation costs, on the Beauty files and with a trained COBRA
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/evaluation.py experiments/cobra/beauty_cpu.yaml --cobra runs/cobra/beauty_cpu
 
-bench-retrieval: $(STAMP) ## latency and recall of indexes, one query a user to 64 (half an hour)
+bench-retrieval: $(STAMP) ## latency and recall of indexes, one query a user to 64 (about an hour)
 	$(BIN)/recsys benchmark retrieval --output experiments/results/retrieval_latency.md
 
 clean: ## remove runs, caches and the virtual environment (raw files and results stay)
