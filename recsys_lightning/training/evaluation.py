@@ -96,18 +96,20 @@ class Evaluator(nn.Module):
         super().__init__()
         self.longest, self.num_users, self.num_items = max(settings.ks), len(user_lengths), catalog.num_items
         self.ranking, self.lists = nn.ModuleDict(), nn.ModuleDict()
-        items = item_slices(torch.as_tensor(catalog.train_counts), settings.popularity_cuts) if thorough else {}
+        counts = torch.as_tensor(catalog.train_counts)  # (I+1,)
+        items = item_slices(counts, settings.popularity_cuts) if thorough else {}
         users = user_slices(torch.as_tensor(user_lengths), settings.cold_user) if thorough else {}
         vectors = catalog.text_embeddings() if thorough and catalog.text is not None else None
-        level1 = trie.codes_of_leaf[trie.leaf_of_item, 0] if thorough and trie is not None else None  # (I+1,)
+        level1: Tensor | None = None  # (I+1,)
+        self.semantic_ids: SemanticIdMetrics | None = None
+        if thorough and trie is not None:
+            level1 = trie.codes_of_leaf[trie.leaf_of_item, 0]
+            self.semantic_ids = SemanticIdMetrics(settings.ks, trie.leaf_of_item)
         for column in COLUMNS:
             metrics = ranking_metrics(settings.ks, settings.metrics, settings.ndcg_normalizer)
             self.ranking[f"ranking{column}"] = SlicedMetrics(metrics, items, users)
             if thorough:
-                counts = torch.as_tensor(catalog.train_counts)
                 self.lists[f"lists{column}"] = list_metrics(settings.ks, catalog.num_items, counts, vectors, level1)
-        leaves = None if trie is None else trie.leaf_of_item
-        self.semantic_ids = SemanticIdMetrics(settings.ks, leaves) if thorough and leaves is not None else None
         self.rows: list[Tensor] = []
 
     def update(self, batch: SequenceBatch, answered: Recommendations) -> None:
@@ -126,9 +128,7 @@ class Evaluator(nn.Module):
         ranks: dict[str, TargetRanks] = {}
         for column, listed in zip(COLUMNS, (answered, answered.without(batch.seen)), strict=True):
             ranks[column] = rank_targets(listed.item_ids, listed.scores, batch.target)
-            ranking = self.ranking[f"ranking{column}"]
-            assert isinstance(ranking, SlicedMetrics)  # noqa: S101 - the dict holds nothing else
-            ranking.update(ranks[column], batch.target, batch.user)
+            self._ranking(column).update(ranks[column], batch.target, batch.user)
             if self.lists:
                 self._lists(column).update(listed.item_ids[:, : self.longest])
         if self.semantic_ids is not None and answered.generated is not None:
@@ -146,9 +146,7 @@ class Evaluator(nn.Module):
         """All metrics over all processes, by name below ``<stage>``: ``/recall@10``, ``-unseen/tail/ndcg@5``."""
         found: dict[str, Tensor] = {}
         for column in COLUMNS:
-            ranking = self.ranking[f"ranking{column}"]
-            assert isinstance(ranking, SlicedMetrics)  # noqa: S101 - the dict holds nothing else
-            parts = ranking.compute()
+            parts = self._ranking(column).compute()
             if self.lists:
                 parts |= self._lists(column).compute()
             found |= {f"{column}/{name}": value for name, value in parts.items()}
@@ -162,6 +160,11 @@ class Evaluator(nn.Module):
         """The answers of all processes."""
         table = gather_rows(torch.cat(self.rows)).cpu()
         return RankTable(*table[table[:, 0].argsort(stable=True)].unbind(1))
+
+    def _ranking(self, column: str) -> SlicedMetrics:
+        ranking = self.ranking[f"ranking{column}"]
+        assert isinstance(ranking, SlicedMetrics)  # noqa: S101 - the dict holds nothing else
+        return ranking
 
     def _lists(self, column: str) -> MetricCollection:
         lists = self.lists[f"lists{column}"]

@@ -37,7 +37,6 @@ def index_of(model: Recommender, settings: IndexSettings, raw_ids: Sequence[str]
     """
     share, first = _share(model)
     if settings.sharded:
-        # 1 and not 0 on one process, too: a row of zeros stands before the first item only.
         index = build_index(share, settings, model.similarity, first)
         exact = dataclasses.replace(settings, backend="torch", factory="Flat", parameters="", gpus="replicate")
         return index if index.exact else MeasuredIndex(index, build_index(share, exact, model.similarity, first))
