@@ -1,6 +1,7 @@
 """What the processes of one run tell each other, in plain `torch.distributed`; a single process talks to nobody."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_rows(x: Tensor) -> Tensor:
+def gather_rows(x: Tensor, gradient: bool = False) -> Tensor:
     """The rows of all processes, in the order of their ranks, on every process.
 
     Call it on every process, each with its own number of rows, which may be none. Without `torch.distributed` it is
-    `x` itself. No gradient passes.
+    `x` itself.
 
     Args:
         x: (n, ...); n may differ between processes, the shape of a row and the type may not.
+        gradient: pass the gradient back: a row gets the sum of what it is used for on all processes. All of them must
+            then run backward.
 
     Returns:
         (sum of n, ...) on the device of `x`.
@@ -34,6 +37,43 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
+    if gradient:
+        gathered: Tensor = _GatherRows.apply(x)  # type: ignore[no-untyped-call] # torch left it so
+        return gathered
+    return _gather(x)[0]
+
+
+def row_weight(count: int, device: torch.device) -> float | Tensor:
+    """What turns means over the `count` rows of each process into one whose mean over processes is that of all rows.
+
+    Processes that share out a batch have different numbers of rows to learn from; the plain mean of their means would
+    favour rows of processes that have few.
+    """
+    if world_size() == 1:
+        return 1.0
+    total = gather_rows(torch.tensor([count], device=device)).sum()
+    return count * world_size() / total.clamp_min(1)
+
+
+class _GatherRows(torch.autograd.Function):
+    """`gather_rows` with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gathered, lengths = _gather(x)
+        ctx.lengths = lengths
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        where = _meeting_device(grads[0].device)
+        total = grads[0].to(where, copy=True).contiguous()
+        dist.all_reduce(total)
+        return torch.split(total, ctx.lengths)[rank()].to(grads[0].device)
+
+
+def _gather(x: Tensor) -> tuple[Tensor, list[int]]:
+    """The rows of all processes, and how many each has."""
     where = _meeting_device(x.device)
     lengths = _lengths(x, where)
     # As bytes, since the back ends differ in the types that they carry; padded, since gloo gathers equal shapes only.
@@ -43,7 +83,7 @@ def gather_rows(x: Tensor) -> Tensor:
     received = [torch.empty_like(sent) for _ in lengths]
     dist.all_gather(received, sent)
     rows = torch.cat([part[:length] for part, length in zip(received, lengths, strict=True)])
-    return rows.flatten().view(x.dtype).reshape(sum(lengths), *x.shape[1:]).to(x.device)
+    return rows.flatten().view(x.dtype).reshape(sum(lengths), *x.shape[1:]).to(x.device), lengths
 
 
 def _lengths(x: Tensor, where: torch.device) -> list[int]:

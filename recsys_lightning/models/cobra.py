@@ -1,8 +1,9 @@
 """COBRA: a decoder that first generates an item's sparse ID, then its dense vector (arXiv:2503.02453).
 
-Every choice that the paper leaves open is a setting whose docstring names its code, C1 to C22.
+Every choice that the paper leaves open is a setting whose docstring names its code, C1 to C23.
 Axis letters: B rows, T items of a sequence, L code levels, K codes a level, D width, I items, P positions learned from,
-U candidates, M beams. An item is S = L + 1 tokens: its L codes, coarse to fine, then its dense vector.
+U candidates, M beams, S tokens of an item. As the paper has it, an item is S = L + 1 tokens: its L codes, coarse to
+fine, then its dense vector.
 """
 
 import math
@@ -16,17 +17,75 @@ from torch import Tensor, nn
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.sequences import SequenceBatch
+from recsys_lightning.distributed import gather_rows, rank, row_weight, world_size
 from recsys_lightning.errors import InputError
 from recsys_lightning.losses import cross_entropy, info_nce
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, ItemEncoder
+from recsys_lightning.nn.item_queue import ItemQueue
 from recsys_lightning.nn.transformer import KeyValues, Transformer
-from recsys_lightning.retrieval.beam_fusion import beam_fusion
+from recsys_lightning.retrieval.beam_fusion import beam_fusion, items_of_beams
 from recsys_lightning.retrieval.beam_search import Beams, beam_search
 from recsys_lightning.retrieval.index import ItemIndex
-from recsys_lightning.retrieval.recommendations import Recommendations
+from recsys_lightning.retrieval.rank_fusion import reciprocal_rank_fusion
+from recsys_lightning.retrieval.recommendations import Generated, Recommendations
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.trie import PrefixTrie
+
+
+@dataclass(frozen=True, kw_only=True)
+class CobraTokens:
+    """What an item is to the decoder, and in what order its parts are generated.
+
+    Attributes:
+        paths: ``both``; ``dense`` leaves out the IDs (the paper's "w/o ID"), ``sparse`` the dense vectors (its "w/o
+            Dense") (C23).
+        order: ``cascade`` is the paper's: the ID first, the dense vector after it. ``dense_first`` is the other way
+            round: the vector is predicted from the history alone, and fed back before the ID is generated.
+            ``parallel`` predicts both from the history alone.
+        id_merge: ``sequence`` gives each code a token of its own. ``sum`` adds the code embeddings up to one token;
+            the codes are then predicted independently of one another (C1).
+        disambiguate: without dense vectors, give each item of a cell a last code of its own (C19).
+    """
+
+    paths: Literal["both", "sparse", "dense"] = "both"
+    order: Literal["cascade", "dense_first", "parallel"] = "cascade"
+    id_merge: Literal["sequence", "sum"] = "sequence"
+    disambiguate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.paths != "both" and self.order != "cascade":
+            raise InputError(f"tokens.order={self.order} needs two parts to order: tokens.paths=both")
+        if self.paths == "dense" and self.id_merge != "sequence":
+            raise InputError("tokens.id_merge=sum needs IDs: tokens.paths=dense has none")
+        if self.paths != "sparse" and self.disambiguate:
+            raise InputError(
+                "tokens.disambiguate is for tokens.paths=sparse: dense vectors tell the items of a cell apart"
+            )
+
+
+class _Layout:
+    """Which tokens an item is made of, and which state of its window predicts what.
+
+    The window of an item are the S states before each of its tokens: state 0 is that of the token before the item.
+
+    Attributes:
+        code_slots: places of the code tokens among the S of an item: L, or 1 for their sum, or none.
+        dense_slot: place of the dense token; None without one.
+        code_reads: state of the window that predicts the code of each level.
+        dense_read: state of the window that predicts the dense vector; None without one.
+        size: S.
+    """
+
+    def __init__(self, tokens: CobraTokens, num_levels: int):
+        codes = 0 if tokens.paths == "dense" else num_levels if tokens.id_merge == "sequence" else 1
+        has_dense = tokens.paths != "sparse"
+        first = int(tokens.order == "dense_first")
+        self.code_slots = range(first, first + codes)
+        self.dense_slot = (0 if first else codes) if has_dense else None
+        self.size = codes + int(has_dense)
+        self.code_reads = [self.code_slots[min(level, codes - 1)] for level in range(num_levels)] if codes else []
+        self.dense_read = (0 if tokens.order != "cascade" else self.dense_slot) if has_dense else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +123,7 @@ class CobraObjective:
             with all items (C6).
         extra_negatives: items drawn uniformly from the catalogue for every batch and added to its own, so that rarely
             met items are contrasted with too (C6). Literal: 0.
+        queue: items of earlier batches, with their vectors as they were, kept as further negatives (C6). Literal: 0.
         mask_same_sequence: other items of a user's own sequence are no negatives for it (C6). Literal: off.
         log_q: correct for popular items being negatives more often, with ``negatives: batch`` (C7). Literal: off.
         detach_targets: no gradient into the item encoder through the answers' vectors (C5). Literal: off.
@@ -74,6 +134,7 @@ class CobraObjective:
     temperature: float = 0.0625
     negatives: Literal["batch", "catalogue"] = "batch"
     extra_negatives: int = 0
+    queue: int = 0
     mask_same_sequence: bool = False
     log_q: bool = False
     detach_targets: bool = False
@@ -85,12 +146,17 @@ class CobraObjective:
             raise InputError(
                 f"objective.temperature={self.temperature} must be above 0; the paper's literal reading is 1.0"
             )
-        if self.extra_negatives < 0:
-            raise InputError(f"objective.extra_negatives={self.extra_negatives} must be 0 or more")
-        if self.negatives == "catalogue" and (self.log_q or self.extra_negatives):
+        for name, value in (("extra_negatives", self.extra_negatives), ("queue", self.queue)):
+            if value < 0:
+                raise InputError(f"objective.{name}={value} must be 0 or more")
+        if self.negatives == "catalogue" and (self.log_q or self.extra_negatives or self.queue):
             raise InputError(
-                "objective.log_q and objective.extra_negatives are for negatives: batch; "
+                "objective.log_q, objective.extra_negatives and objective.queue are for negatives: batch; "
                 "the catalogue is already complete"
+            )
+        if self.log_q and self.queue:
+            raise InputError(
+                "objective.log_q knows the chance of an item being in a batch, not in objective.queue; choose one"
             )
 
 
@@ -103,14 +169,16 @@ class CobraSearch:
         per_cell: N, nearest items kept of each cell; 0 keeps all (C17).
         tau: weight of the beam score (C17; the paper's industrial optimum is 0.9).
         psi: weight of the cosine (C17; the paper's is 16).
-        fusion: domain of the softmax over cosines (C16).
+        fusion: ``global`` and ``per_id`` are BeamFusion with either domain of the softmax over cosines (C16). Two do
+            without it: ``nearest`` takes the items nearest to the dense vector of the best ID, and ``ranks`` merges
+            those with the items of the beams by their reciprocal ranks.
     """
 
     num_beams: int = 50
     per_cell: int = 100
     tau: float = 1.0
     psi: float = 16.0
-    fusion: Literal["global", "per_id"] = "global"
+    fusion: Literal["global", "per_id", "nearest", "ranks"] = "global"
 
     def __post_init__(self) -> None:
         if self.num_beams < 1:
@@ -125,27 +193,32 @@ class COBRA(Recommender):
     Items carry their natural cells: there is no extra token to tell apart items that share a semantic ID (C19), the
     dense vector does that; and an item, having one ID, is in one beam only (C20).
 
+    On several processes the negatives are those of all of them, and the losses are such that their mean over the
+    processes is the loss of one process with the whole batch.
+
     Args:
         catalog: with text fields or embeddings, as the item encoder needs.
-        semantic_ids: the table itself, or its file. It must come from this catalogue's text embeddings.
+        semantic_ids: the table itself, or its file. It must come from this catalogue's text embeddings. Not looked at
+            without IDs.
         dim: D, width of the decoder and of the dense vectors (C3, C10).
         item_encoder: makes the trainable encoder of the dense vectors (section 3.1.2, C9).
+        tokens: see `CobraTokens`.
         decoder: see `CobraDecoder`.
         objective: see `CobraObjective`.
         search: see `CobraSearch`.
     """
 
     similarity = "cosine"
-    catalogue_facts = ("codes",)
     codes: Tensor
     log_popularity: Tensor
 
     def __init__(
         self,
         catalog: Catalog,
-        semantic_ids: str | Path | SemanticIds,
+        semantic_ids: str | Path | SemanticIds | None = None,
         dim: int = 256,
         item_encoder: Callable[[Catalog, int], ItemEncoder] = EmbeddingItemEncoder,
+        tokens: CobraTokens = CobraTokens(),
         decoder: CobraDecoder = CobraDecoder(),
         objective: CobraObjective = CobraObjective(),
         search: CobraSearch = CobraSearch(),
@@ -153,33 +226,52 @@ class COBRA(Recommender):
         super().__init__()
         if dim % decoder.num_heads:
             raise InputError(f"dim={dim} must be a multiple of decoder.num_heads={decoder.num_heads}")
-        if not isinstance(semantic_ids, SemanticIds):
-            semantic_ids = SemanticIds.load(Path(semantic_ids), catalog.text_fingerprint, catalog.num_items)
-        self.decoder_config, self.objective, self.search = decoder, objective, search
-        self.num_levels, self.num_codes = semantic_ids.codes.shape[1], semantic_ids.num_codes
-        self.num_items, self.stride = catalog.num_items, self.num_levels + 1
-        self.register_buffer("codes", semantic_ids.codes)  # (I+1, L); in the checkpoint, to be checked at load
-        counts = torch.as_tensor(catalog.train_counts).clamp_min(1).double()
-        self.register_buffer("log_popularity", (counts / counts[1:].sum()).log(), persistent=False)  # (I+1,)
-        self.trie = PrefixTrie(semantic_ids)
+        if tokens.paths == "sparse" and search.fusion in ("nearest", "ranks"):
+            raise InputError(f"search.fusion={search.fusion} needs dense vectors: tokens.paths=sparse has none")
+        self.tokens, self.decoder_config, self.objective, self.search = tokens, decoder, objective, search
+        self.num_items = catalog.num_items
+        self.trie: PrefixTrie | None = None
+        self.num_levels = self.num_codes = 0
+        if tokens.paths != "dense":
+            if semantic_ids is None:
+                raise InputError(
+                    "semantic_ids is missing: name the file of a tokenizer's run, or set tokens.paths=dense"
+                )
+            if not isinstance(semantic_ids, SemanticIds):
+                semantic_ids = SemanticIds.load(Path(semantic_ids), catalog.text_fingerprint, catalog.num_items)
+            if tokens.disambiguate:
+                semantic_ids = semantic_ids.disambiguated()
+            self.num_levels, self.num_codes = semantic_ids.codes.shape[1], semantic_ids.num_codes
+            self.register_buffer("codes", semantic_ids.codes)  # (I+1, L); in the checkpoint, to be checked at load
+            self.trie = PrefixTrie(semantic_ids)
+            self.code = nn.Embedding(self.num_levels * self.num_codes, dim)
+            # Item vectors leave their encoder's layer norm with unit variance. Codes start at the same scale, so that
+            # neither half of an item drowns the other; types and positions are hints beside them.
+            nn.init.normal_(self.code.weight, std=1.0)
+            self.heads = nn.ModuleList(nn.Linear(dim, self.num_codes) for _ in range(self.num_levels))
+            self.register_load_state_dict_pre_hook(_refuse_other_codes)  # type: ignore[no-untyped-call] # torch left it so
+        self.layout = _Layout(tokens, self.num_levels)
+        if tokens.paths != "sparse":
+            self.item_encoder = item_encoder(catalog, dim)
+            self.dense_head = nn.Linear(dim, dim) if decoder.dense_head == "linear" else nn.Identity()
+            counts = torch.as_tensor(catalog.train_counts).clamp_min(1).double()
+            self.register_buffer("log_popularity", (counts / counts[1:].sum()).log(), persistent=False)  # (I+1,)
+        self.queue = ItemQueue(objective.queue, dim) if objective.queue and tokens.paths != "sparse" else None
 
-        self.item_encoder = item_encoder(catalog, dim)
-        self.code = nn.Embedding(self.num_levels * self.num_codes, dim)
-        self.token_type = nn.Embedding(self.stride, dim)  # one type a level, then the dense type (C1)
-        self.position = nn.Embedding(int(decoder.bos) + decoder.max_items * self.stride, dim)
+        self.token_type = nn.Embedding(self.layout.size, dim)  # one type a level, then the dense type (C1)
+        self.position = nn.Embedding(int(decoder.bos) + decoder.max_items * self.layout.size, dim)
         self.bos = nn.Parameter(torch.empty(1, dim).normal_(std=0.02)) if decoder.bos else None
-        # Item vectors leave their encoder's layer norm with unit variance. Codes start at the same scale, so that
-        # neither half of an item drowns the other; types and positions are hints beside them.
-        nn.init.normal_(self.code.weight, std=1.0)
         for table in (self.token_type, self.position):
             nn.init.normal_(table.weight, std=0.1)
         self.dropout = nn.Dropout(decoder.dropout)
         self.decoder = Transformer(
             dim, decoder.num_layers, decoder.num_heads, decoder.feedforward or 4 * dim, decoder.dropout, "causal"
         )
-        self.heads = nn.ModuleList(nn.Linear(dim, self.num_codes) for _ in range(self.num_levels))
-        self.dense_head = nn.Linear(dim, dim) if decoder.dense_head == "linear" else nn.Identity()
-        self.register_load_state_dict_pre_hook(_refuse_other_codes)  # type: ignore[no-untyped-call] # torch left it so
+
+    @property
+    def catalogue_facts(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the settings
+        """The semantic IDs, if there are any."""
+        return ("codes",) if self.trie is not None else ()
 
     # ---------------------------------------------------------------------------------------------- training
 
@@ -191,63 +283,103 @@ class COBRA(Recommender):
         """
         sequence = batch.sequence  # (B, T)
         present = sequence != 0
-        candidates, own = self._candidates(sequence[present])
-        vectors = self.item_encoder(candidates)  # (U, D) each item once
-        dense = vectors.new_zeros(*sequence.shape, vectors.shape[-1])  # (B, T, D)
-        dense[present] = vectors[own]
+        vectors = dense = None
+        candidates = own = sequence.new_empty(0)
+        if self.layout.dense_slot is not None:
+            candidates, own = self._candidates(sequence[present])
+            vectors = self._encode(candidates)  # (U, D) each item once
+            dense = vectors.new_zeros(*sequence.shape, vectors.shape[-1])  # (B, T, D)
+            dense[present] = vectors[own]
 
-        # The last dense token predicts nothing that is known, so it is not fed.
+        # The last token predicts nothing that is known, so it is not fed.
         hidden, _ = self.decoder(self._embed(sequence, dense)[:, :-1])
-        # From the token before an item's first code on, each window of S states reads that item's L codes and its dense
-        # vector. Without BOS nothing stands before the first item, so it is not predicted (C2).
+        # Without BOS nothing stands before the first item, so it is not predicted (C2).
         first = 0 if self.bos is not None else 1
-        windows = hidden[:, first * self.num_levels :].unflatten(1, (-1, self.stride))  # (B, T - first, S, D)
+        windows = hidden[:, first * (self.layout.size - 1) :].unflatten(
+            1, (-1, self.layout.size)
+        )  # (B, T - first, S, D)
         learned = present[:, first:]
         windows, target = windows[learned], sequence[:, first:][learned]  # (P, S, D), (P,)
 
-        sparse = [
-            cross_entropy(head(windows[:, level]), self.codes[target, level]) for level, head in enumerate(self.heads)
-        ]
-        if self.objective.detach_targets:
-            vectors = vectors.detach()
-        index = torch.zeros_like(sequence).masked_scatter(present, own)[:, first:][learned]  # (P,)
-        log_q = excluded = None
+        share = row_weight(len(target), target.device)
+        terms: dict[str, Tensor] = {}
+        if self.layout.code_reads:
+            sparse = [
+                cross_entropy(head(windows[:, state]), self.codes[target, level])
+                for level, (head, state) in enumerate(zip(self.heads, self.layout.code_reads, strict=True))
+            ]
+            terms["sparse"] = share * self.objective.sparse_weight * torch.stack(sparse).mean()
+        if vectors is not None:
+            index = torch.zeros_like(sequence).masked_scatter(present, own)[:, first:][learned]  # (P,)
+            predicted = self.dense_head(windows[:, self.layout.dense_read])  # (P, D)
+            row_has = None
+            if self.objective.mask_same_sequence:
+                row_has = torch.zeros(len(sequence), len(candidates), dtype=torch.bool, device=sequence.device)
+                row_has[present.nonzero()[:, 0], own] = True  # (B, U)
+                row_has = row_has[learned.nonzero()[:, 0]]  # (P, U)
+            contrast = self._contrast(predicted, vectors, candidates, index, row_has, len(own))
+            terms["dense"] = share * self.objective.dense_weight * contrast
+        return terms
+
+    def _contrast(
+        self, predicted: Tensor, vectors: Tensor, candidates: Tensor, index: Tensor, excluded: Tensor | None, met: int
+    ) -> Tensor:
+        """L_dense (eq. 8): predicted (P, D) against the vectors (U, D) of the candidates (U,), of which `index` (P,)
+        are the answers; `met` items stand in this process's sequences.
+        """
+        log_q = None
         if self.objective.log_q:
             # The chance that an item with popularity p is among n items of sequences and m drawn from the catalogue's
-            # I: 1 - (1 - p)^n (1 - 1/I)^m.
-            stays_out = torch.log1p(-self.log_popularity[candidates].exp()) * len(own)
-            stays_out = stays_out + math.log1p(-1 / self.num_items) * self.objective.extra_negatives
+            # I: 1 - (1 - p)^n (1 - 1/I)^m, over all processes.
+            counts = torch.tensor([[met, self.objective.extra_negatives]], device=candidates.device)
+            num_met, num_drawn = gather_rows(counts).sum(0)
+            stays_out = torch.log1p(-self.log_popularity[candidates].exp()) * num_met
+            stays_out = stays_out + math.log1p(-1 / self.num_items) * num_drawn
             log_q = (-torch.expm1(stays_out)).log().to(vectors.dtype)  # (U,)
-        if self.objective.mask_same_sequence:
-            row_has = torch.zeros(len(sequence), len(candidates), dtype=torch.bool, device=sequence.device)
-            row_has[present.nonzero()[:, 0], own] = True  # (B, U)
-            excluded = row_has[learned.nonzero()[:, 0]]  # (P, U)
-        predicted = self.dense_head(windows[:, -1])  # (P, D)
-        return {
-            "sparse": self.objective.sparse_weight * torch.stack(sparse).mean(),
-            "dense": self.objective.dense_weight
-            * info_nce(predicted, vectors, index, self.objective.temperature, excluded, log_q),
-        }
+        if self.objective.detach_targets:
+            vectors = vectors.detach()
+        if self.queue is not None:
+            older = self.queue.without(candidates)  # (Q, D)
+            if self.training:
+                self.queue.push(candidates, vectors)
+            vectors = torch.cat([vectors, older.to(vectors.dtype)])
+            if excluded is not None:  # (P, U + Q) what is not in the batch is in no sequence of it
+                excluded = torch.cat([excluded, excluded.new_zeros(len(excluded), len(older))], 1)
+        return info_nce(predicted, vectors, index, self.objective.temperature, excluded, log_q)
 
     def _candidates(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids of the items that are encoded and contrasted (U,), and where each of `items` is among them."""
+        """Ids of the items that are encoded and contrasted (U,), and where each of `items` is among them.
+
+        They are those of all processes, in ascending order and so the same on each.
+        """
         if self.objective.negatives == "catalogue":
             return torch.arange(1, self.num_items + 1, device=items.device), items - 1
         drawn = torch.randint(1, self.num_items + 1, (self.objective.extra_negatives,), device=items.device)
-        unique, inverse = torch.unique(torch.cat([items, drawn]), return_inverse=True)
-        return unique, inverse[: len(items)]
+        candidates = torch.unique(gather_rows(torch.unique(torch.cat([items, drawn]))))
+        return candidates, torch.searchsorted(candidates, items)
 
-    def _embed(self, sequence: Tensor, dense: Tensor) -> Tensor:
-        """Tokens of items (B, T) with dense vectors (B, T, D): ``[e^1 .. e^L, v]`` an item, (B, bos + T S, D)."""
+    def _encode(self, candidates: Tensor) -> Tensor:
+        """The vectors (U, D) of candidates (U,) that are the same on all processes: each encodes its share of them."""
+        if world_size() == 1 or len(candidates) < world_size():
+            vectors: Tensor = self.item_encoder(candidates)
+            return vectors
+        return gather_rows(self.item_encoder(candidates.tensor_split(world_size())[rank()]), gradient=True)
+
+    def _embed(self, sequence: Tensor, dense: Tensor | None) -> Tensor:
+        """Tokens of items (B, T) with dense vectors (B, T, D), (B, bos + T S, D); ``[e^1 .. e^L, v]`` an item."""
         if sequence.shape[1] > self.decoder_config.max_items:
             raise InputError(
                 f"a sequence of {sequence.shape[1]} items, but the decoder has positions for "
                 f"{self.decoder_config.max_items}: set decoder.max_items of the model to max_history of the data plus 1"
             )
-        offset = torch.arange(self.num_levels, device=sequence.device) * self.num_codes
-        codes = self.code(self.codes[sequence] + offset)  # (B, T, L, D)
-        tokens = torch.cat([codes, dense[:, :, None]], 2) + self.token_type.weight  # (B, T, S, D)
-        tokens = tokens.flatten(1, 2)
+        parts: list[Tensor] = []
+        if self.layout.code_slots:
+            offset = torch.arange(self.num_levels, device=sequence.device) * self.num_codes
+            codes = self.code(self.codes[sequence] + offset)  # (B, T, L, D)
+            parts.append(codes if self.tokens.id_merge == "sequence" else codes.sum(2, keepdim=True))
+        if dense is not None:
+            parts.insert(0 if self.layout.dense_slot == 0 else 1, dense[:, :, None])
+        tokens = (torch.cat(parts, 2) + self.token_type.weight).flatten(1, 2)  # (B, T S, D)
         if self.bos is not None:
             tokens = torch.cat([self.bos.expand(len(tokens), 1, -1), tokens], 1)
         embedded: Tensor = self.dropout(tokens + self.position.weight[: tokens.shape[1]])
@@ -256,52 +388,118 @@ class COBRA(Recommender):
     # --------------------------------------------------------------------------------------------- inference
 
     @property
-    def prefix_trie(self) -> PrefixTrie:
-        """The occupied prefixes that the beam search walks along."""
+    def prefix_trie(self) -> PrefixTrie | None:
+        """The occupied prefixes that the beam search walks along; None without IDs."""
         return self.trie
 
     def encode_items(self, item_ids: Tensor) -> Tensor:
-        """(n, D) dense vectors of items (n,)."""
+        """(n, D) dense vectors of items (n,); without dense vectors, the sums of their code embeddings."""
+        if self.layout.dense_slot is None:
+            offset = torch.arange(self.num_levels, device=item_ids.device) * self.num_codes
+            summed: Tensor = self.code(self.codes[item_ids] + offset).sum(1)
+            return summed
         vectors: Tensor = self.item_encoder(item_ids)
         return vectors
 
     @torch.no_grad()
     def generate(self, batch: SequenceBatch, item_vectors: Tensor, num_beams: int) -> Beams:
-        """The most likely semantic IDs of the next item, with the dense vector predicted after each (eqs. 10, 11).
+        """The most likely semantic IDs of the next item, with the dense vector predicted for each (eqs. 10, 11).
+
+        Args:
+            batch: histories.
+            item_vectors: (I+1, D) of the items, row 0 padding.
+            num_beams: M, semantic IDs kept.
+
+        Returns:
+            `hidden` holds the dense vectors (B, M, D), all of a row the same unless the order is ``cascade``; without
+            dense vectors it has no meaning.
 
         Raises:
             InputError: a history is empty and the decoder has no BOS token.
         """
-        history = batch.history
-        lengths = batch.history_mask.sum(1)  # (B,)
-        bos = int(self.bos is not None)
-        if not bos and bool((lengths == 0).any()):
-            user = int(batch.user[(lengths == 0).nonzero()[0, 0]])
-            raise InputError(f"user {user} has an empty history; COBRA answers those only with decoder.bos: true")
-        hidden, prefix = self.decoder(self._embed(history, item_vectors[history]))
-        stop = bos + lengths * self.stride  # (B,) tokens of each row
-        rows = torch.arange(len(history), device=history.device)
-        prefix_mask = torch.arange(hidden.shape[1], device=history.device) < stop[:, None]
-        own: list[KeyValues] | None = None
-
-        def advance(level: int, parents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal own
-            token = self.code(codes + level * self.num_codes) + self.token_type.weight[level]
-            token = token + self.position(stop + level)[:, None]  # (B, M, D)
-            if own is not None:
-                own = [KeyValues(*(part[rows[:, None], :, parents].transpose(1, 2) for part in kv)) for kv in own]
-            state, own = self.decoder.extend(token, prefix, prefix_mask, own)
-            last = level == self.num_levels - 1
-            return (state, self.dense_head(state)) if last else (self.heads[level + 1](state), state)
-
-        return beam_search(self.trie, self.heads[0](hidden[rows, stop - 1]), advance, num_beams)
+        return _Generation(self, batch, item_vectors).beams(num_beams)
 
     @torch.no_grad()
     def recommend(self, batch: SequenceBatch, k: int, index: ItemIndex) -> Recommendations:
-        """The k best items by BeamFusion over the items of the best semantic IDs (eqs. 12-14)."""
-        search, vectors = self.search, index.table
-        beams = self.generate(batch, vectors, search.num_beams)
-        return beam_fusion(beams, self.trie, vectors, k, search.tau, search.psi, search.per_cell, search.fusion)
+        """The k best items by BeamFusion over the items of the best semantic IDs (eqs. 12-14), or as `search` says."""
+        search, trie = self.search, self.trie
+        generation = _Generation(self, batch, index.table)
+        if trie is None:
+            found = index.search_with_ties(generation.dense(), k)
+            return Recommendations(found.item_ids, found.scores)
+        beams = generation.beams(search.num_beams)
+        if self.layout.dense_slot is None:
+            return items_of_beams(beams, trie, k)
+        if search.fusion == "global" or search.fusion == "per_id":
+            return beam_fusion(beams, trie, index.table, k, search.tau, search.psi, search.per_cell, search.fusion)
+        found = index.search_with_ties(beams.hidden[:, 0], k)
+        lists = Recommendations(found.item_ids, found.scores, Generated(beams.leaves, beams.log_probs))
+        if search.fusion == "nearest":
+            return lists
+        return reciprocal_rank_fusion([items_of_beams(beams, trie, k), lists], k)
+
+
+class _Generation:
+    """The next item of each row of a batch: the prefix is read once, and beams add their tokens to it."""
+
+    def __init__(self, model: COBRA, batch: SequenceBatch, item_vectors: Tensor):
+        history = batch.history
+        lengths = batch.history_mask.sum(1)  # (B,)
+        bos = int(model.bos is not None)
+        if not bos and bool((lengths == 0).any()):
+            user = int(batch.user[(lengths == 0).nonzero()[0, 0]])
+            raise InputError(f"user {user} has an empty history; COBRA answers those only with decoder.bos: true")
+        self.model, self.layout = model, model.layout
+        dense = item_vectors[history] if self.layout.dense_slot is not None else None
+        hidden, self.prefix = model.decoder(model._embed(history, dense))
+        self.stop = bos + lengths * self.layout.size  # (B,) tokens of each row
+        self.rows = torch.arange(len(history), device=history.device)
+        self.prefix_mask = torch.arange(hidden.shape[1], device=history.device) < self.stop[:, None]
+        self.state = hidden[self.rows, self.stop - 1]  # (B, D)
+        self.own: list[KeyValues] | None = None  # of the tokens that the beams have added
+
+    def dense(self) -> Tensor:
+        """(B, D) the dense vector predicted from the history alone."""
+        predicted: Tensor = self.model.dense_head(self.state)
+        return predicted
+
+    def beams(self, num_beams: int) -> Beams:
+        """The most likely semantic IDs; see `COBRA.generate`."""
+        model, layout, tokens = self.model, self.layout, self.model.tokens
+        assert model.trie is not None  # noqa: S101 - no beams are asked for without IDs
+        last, summed = model.num_levels - 1, tokens.id_merge == "sum"
+        ahead = self.dense()[:, None] if layout.dense_read == 0 else None  # (B, 1, D)
+        state = self.state
+        if tokens.order == "dense_first":
+            assert ahead is not None  # noqa: S101 - it is read at state 0
+            state = self._extend(ahead, 0, None)[:, 0]
+        merged: Tensor | None = None  # (B, M, D) sum of the code embeddings of each beam so far
+
+        def advance(level: int, parents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal merged
+            token = model.code(codes + level * model.num_codes)  # (B, M, D)
+            if summed:
+                token = merged = token if merged is None else token + merged[self.rows[:, None], parents]
+            if level == last:
+                if ahead is not None:
+                    return token, ahead.expand_as(token)
+                if layout.dense_read is None:
+                    return token, token
+            elif summed:
+                return model.heads[level + 1](state)[:, None].expand(-1, codes.shape[1], -1), token
+            new = self._extend(token, layout.code_slots[0 if summed else level], parents)
+            return (new, model.dense_head(new)) if level == last else (model.heads[level + 1](new), new)
+
+        return beam_search(model.trie, model.heads[0](state), advance, num_beams)
+
+    def _extend(self, token: Tensor, slot: int, parents: Tensor | None) -> Tensor:
+        """States (B, M, D) after one more token (B, M, D) each, which stands at `slot` of its item."""
+        model, own = self.model, self.own
+        token = token + model.token_type.weight[slot] + model.position(self.stop + slot)[:, None]
+        if own is not None and parents is not None:
+            own = [KeyValues(*(part[self.rows[:, None], :, parents].transpose(1, 2) for part in kv)) for kv in own]
+        state, self.own = model.decoder.extend(token, self.prefix, self.prefix_mask, own)
+        return state
 
 
 def _refuse_other_codes(model: COBRA, state: dict[str, Tensor], prefix: str, *_: object) -> None:

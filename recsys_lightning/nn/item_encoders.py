@@ -33,11 +33,20 @@ class EmbeddingItemEncoder(ItemEncoder):
         dim: D.
         hidden: widths between the text embedding and D.
         dropout: on the text embedding and after each hidden layer.
+        learned: add a vector of its own to every item. It starts at zero, so an item that was never trained on is
+            what its text says, and the others are that and what their users say.
     """
 
     embeddings: Tensor
 
-    def __init__(self, catalog: Catalog, dim: int, hidden: tuple[int, ...] = (512,), dropout: float = 0.1):
+    def __init__(
+        self,
+        catalog: Catalog,
+        dim: int,
+        hidden: tuple[int, ...] = (512,),
+        dropout: float = 0.1,
+        learned: bool = False,
+    ):
         super().__init__()
         embeddings = catalog.text_embeddings()  # (I+1, text width)
         # Rebuilt from the catalogue, so it stays out of checkpoints. Text encoders differ in scale: bring all to unit
@@ -47,11 +56,37 @@ class EmbeddingItemEncoder(ItemEncoder):
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.project = MLP([embeddings.shape[1], *hidden, dim], dropout=dropout)
+        self.item: nn.Embedding | None = None
+        if learned:
+            self.item = nn.Embedding(catalog.num_items + 1, dim, padding_idx=0)
+            nn.init.zeros_(self.item.weight)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """(U,) to (U, D)."""
-        vectors: Tensor = self.norm(self.project(self.dropout(self.embeddings[item_ids])))
+        vectors: Tensor = self.project(self.dropout(self.embeddings[item_ids]))
+        if self.item is not None:
+            vectors = vectors + self.item(item_ids)
+        normed: Tensor = self.norm(vectors)
+        return normed
+
+
+class IdItemEncoder(ItemEncoder):
+    """A learned vector an item and nothing else: what COBRA is worth without reading the items' texts.
+
+    Args:
+        catalog: the items.
+        dim: D.
+    """
+
+    def __init__(self, catalog: Catalog, dim: int):
+        super().__init__()
+        self.item = nn.Embedding(catalog.num_items + 1, dim, padding_idx=0)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """(U,) to (U, D)."""
+        vectors: Tensor = self.norm(self.item(item_ids))
         return vectors
 
 

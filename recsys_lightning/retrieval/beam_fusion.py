@@ -21,8 +21,8 @@ def beam_fusion(
     trie: PrefixTrie,
     item_vectors: Tensor,
     k: int,
-    tau: float = 1.0,
-    psi: float = 16.0,
+    tau: float | Tensor = 1.0,
+    psi: float | Tensor = 16.0,
     per_cell: int = 100,
     mode: Literal["global", "per_id"] = "global",
 ) -> Recommendations:
@@ -39,28 +39,49 @@ def beam_fusion(
         trie: which items lie in a cell.
         item_vectors: (I+1, D).
         k: places wanted; lists are closed under ties, and shorter ones end in item 0.
-        tau: weight of the beam score.
-        psi: weight of the cosine.
+        tau: weight of the beam score; one number, or one a row (B,).
+        psi: weight of the cosine; one number, or one a row (B,).
         per_cell: N of the paper: items kept of each cell; 0 keeps all.
         mode: domain of the second softmax.
     """
-    num_rows, num_beams = beams.leaves.shape
-    sizes = (trie.cell_offsets[1:] - trie.cell_offsets[:-1])[beams.leaves].flatten()  # (B M,)
-    beam = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)  # (C,)
-    nth = torch.arange(len(beam), device=beam.device) - (sizes.cumsum(0) - sizes)[beam]  # place within the cell
-    items = trie.cell_items[trie.cell_offsets[beams.leaves.flatten()][beam] + nth]  # (C,)
+    beam, nth, items = _members(beams.leaves, trie)
     cosine = _cosines(F.normalize(beams.hidden.flatten(0, 1), dim=-1), F.normalize(item_vectors, dim=-1), beam, items)
-    if 0 < per_cell < int(sizes.max()):
+    if 0 < per_cell <= int(nth.max()):
         nearest = cosine.argsort(descending=True, stable=True)
         nearest = nearest[beam[nearest].argsort(stable=True)]  # by beam, nearest first
         nearest = nearest[nth < per_cell]  # cells are contiguous, so nth is also the rank
         beam, items, cosine = beam[nearest], items[nearest], cosine[nearest]
+    num_rows, num_beams = beams.leaves.shape
     row = beam // num_beams  # (C,)
+    tau, psi = (torch.as_tensor(weight, device=cosine.device).expand(num_rows) for weight in (tau, psi))
+    near = psi[row] * cosine
     domain, num_domains = (row, num_rows) if mode == "global" else (beam, num_rows * num_beams)
-    log_near = psi * cosine - _segment_logsumexp(psi * cosine, domain, num_domains)[domain]
-    log_beam = (tau * beams.log_probs.float()).log_softmax(1).flatten()  # (B M,)
+    log_near = near - _segment_logsumexp(near, domain, num_domains)[domain]
+    log_beam = (tau[:, None] * beams.log_probs.float()).log_softmax(1).flatten()  # (B M,)
     ids, scores = _by_row(items, log_beam[beam] + log_near, row, num_rows)
     return rank_candidates(ids, scores, k)._replace(generated=Generated(beams.leaves, beams.log_probs))
+
+
+def items_of_beams(beams: Beams, trie: PrefixTrie, k: int) -> Recommendations:
+    """Rank the items of the beams' cells by beam score alone: items of one cell are equals.
+
+    Args:
+        beams: leaves (B, M) and log probabilities (B, M).
+        trie: which items lie in a cell.
+        k: places wanted; lists are closed under ties, and shorter ones end in item 0.
+    """
+    beam, _, items = _members(beams.leaves, trie)
+    num_rows, num_beams = beams.leaves.shape
+    ids, scores = _by_row(items, beams.log_probs.float().flatten()[beam], beam // num_beams, num_rows)
+    return rank_candidates(ids, scores, k)._replace(generated=Generated(beams.leaves, beams.log_probs))
+
+
+def _members(leaves: Tensor, trie: PrefixTrie) -> tuple[Tensor, Tensor, Tensor]:
+    """The items of cells (B, M), one after another: beam 0 .. B M - 1, place within the cell, and item, (C,) each."""
+    sizes = (trie.cell_offsets[1:] - trie.cell_offsets[:-1])[leaves].flatten()  # (B M,)
+    beam = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)  # (C,)
+    nth = torch.arange(len(beam), device=beam.device) - (sizes.cumsum(0) - sizes)[beam]
+    return beam, nth, trie.cell_items[trie.cell_offsets[leaves.flatten()][beam] + nth]
 
 
 def _cosines(queries: Tensor, vectors: Tensor, beam: Tensor, items: Tensor) -> Tensor:

@@ -78,6 +78,23 @@ class SemanticIds:
         """Levels L."""
         return self.codes.shape[1]
 
+    def disambiguated(self) -> "SemanticIds":
+        """The same table with one level more, which counts the items of a cell by id: each item has its own tuple.
+
+        TIGER (arXiv:2305.05065, section 3.1) does so. All levels have as many codes as the largest needs.
+        """
+        _, cell, sizes = torch.unique(self.codes[1:], dim=0, return_inverse=True, return_counts=True)  # (I,), (C,)
+        order = cell.argsort(stable=True)  # (I,) by cell, and by id within one
+        starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (I,)
+        nth = torch.zeros(len(self.codes), dtype=torch.int64, device=self.codes.device)
+        nth[order + 1] = torch.arange(len(order), device=order.device) - starts
+        return SemanticIds(
+            codes=torch.cat([self.codes, nth[:, None]], 1),
+            num_codes=max(self.num_codes, int(sizes.max())),
+            embeddings_fingerprint=self.embeddings_fingerprint,
+            tokenizer=f"{self.tokenizer}, disambiguated",
+        )
+
     def collision_report(self) -> CollisionReport:
         """Count cells, collisions and the use of each level's codes."""
         _, cells = torch.unique(self.codes[1:], dim=0, return_counts=True)  # (C,)

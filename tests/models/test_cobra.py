@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from recsys_lightning.errors import InputError
-from recsys_lightning.models.cobra import COBRA, CobraDecoder, CobraObjective, CobraSearch
+from recsys_lightning.models.cobra import COBRA, CobraDecoder, CobraObjective, CobraSearch, CobraTokens
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, TextItemEncoder
 
 HISTORIES = [3, 7, 9, 20], [11, 12], [5, 6, 7, 8, 30, 31]
@@ -16,13 +16,13 @@ HISTORIES = [3, 7, 9, 20], [11, 12], [5, 6, 7, 8, 30, 31]
 
 @pytest.fixture
 def build(catalog, semantic_ids):
-    def make(decoder=None, objective=None, search=None, item_encoder=EmbeddingItemEncoder, ids=semantic_ids):
+    def make(
+        decoder=None, objective=None, search=None, item_encoder=EmbeddingItemEncoder, ids=semantic_ids, tokens=None
+    ):
         torch.manual_seed(0)
         decoder = CobraDecoder(**({"num_heads": 2, "max_items": 8} | (decoder or {})))
-        model = COBRA(
-            catalog, ids, 16, item_encoder, decoder, CobraObjective(**(objective or {})), CobraSearch(**(search or {}))
-        )
-        return model.eval()
+        tokens, objective = CobraTokens(**(tokens or {})), CobraObjective(**(objective or {}))
+        return COBRA(catalog, ids, 16, item_encoder, tokens, decoder, objective, CobraSearch(**(search or {}))).eval()
 
     return make
 
