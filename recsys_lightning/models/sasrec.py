@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.sequences import SequenceBatch
+from recsys_lightning.distributed import row_weight
 from recsys_lightning.errors import InputError
 from recsys_lightning.losses import cross_entropy
 from recsys_lightning.models.recommender import Recommender
@@ -60,11 +61,12 @@ class SASRec(Recommender):
         sequence = batch.sequence
         states, targets = self._states(sequence[:, :-1]), sequence[:, 1:]  # (B, T, D), (B, T)
         states, targets = states[targets != 0], targets[targets != 0]  # (P, D), (P,)
+        share = row_weight(len(targets), targets.device)
         if self.loss == "cross_entropy":
-            return {"next_item": cross_entropy(states @ self.item.weight[1:].T, targets - 1)}
+            return {"next_item": share * cross_entropy(states @ self.item.weight[1:].T, targets - 1)}
         drawn = torch.randint(1, self.num_items + 1, targets.shape, device=targets.device)
         right, wrong = ((states * self.item(items)).sum(-1) for items in (targets, drawn))  # (P,) each
-        return {"next_item": -(F.logsigmoid(right) + F.logsigmoid(-wrong)).sum() / max(len(targets), 1)}
+        return {"next_item": -share * (F.logsigmoid(right) + F.logsigmoid(-wrong)).sum() / max(len(targets), 1)}
 
     def encode_items(self, item_ids: Tensor) -> Tensor:
         """(n, D) the embeddings."""

@@ -188,3 +188,16 @@ def test_tokenize_gives_every_item_the_code_it_has_alone_and_pads_row_zero():
     assert tokenizer.training  # its mode is as before
     with pytest.raises(InputError, match="set embedding_dim to 5"):
         tokenize(tokenizer, embeddings[:, :5], OURS, "")
+
+
+def test_disambiguation_counts_the_items_of_a_cell_by_id():
+    codes = torch.tensor([[0, 0], [1, 1], [0, 2], [1, 1], [1, 1], [0, 2], [2, 0]])
+    table = SemanticIds(codes=codes, num_codes=3, embeddings_fingerprint="f", tokenizer="t").disambiguated()
+    assert table.codes.tolist() == [[0, 0, 0], [1, 1, 0], [0, 2, 0], [1, 1, 1], [1, 1, 2], [0, 2, 1], [2, 0, 0]]
+    assert table.num_codes == 3
+    assert table.collision_report().collision_rate == 0
+
+
+def test_disambiguation_has_as_many_codes_as_the_largest_cell():
+    table = SemanticIds(codes=torch.zeros(6, 1).long(), num_codes=2, embeddings_fingerprint="f", tokenizer="t")
+    assert table.disambiguated().num_codes == 5

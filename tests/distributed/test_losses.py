@@ -1,0 +1,102 @@
+"""One process with a batch and several that share it out: the same loss, and the same gradient of every weight."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from recsys_lightning.data.catalog import Catalog
+from recsys_lightning.data.sequences import SequenceBatch
+from recsys_lightning.data.text import ItemEmbeddings
+from recsys_lightning.models.cobra import COBRA, CobraDecoder, CobraObjective, CobraTokens
+from recsys_lightning.models.sasrec import SASRec
+from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, IdItemEncoder, TextItemEncoder
+from recsys_lightning.semantic_ids.table import SemanticIds
+
+ITEMS = 25
+MODELS = {
+    "COBRA": {},
+    "COBRA, text": {"item_encoder": partial(TextItemEncoder, vocabulary_size=60, dropout=0.0)},
+    "COBRA, whole catalogue": {"objective": {"negatives": "catalogue"}},
+    "COBRA, corrected": {"objective": {"log_q": True, "mask_same_sequence": True, "detach_targets": True}},
+    "COBRA, queue": {"objective": {"queue": 10}},
+    "COBRA, dense first": {"tokens": {"order": "dense_first"}},
+    "COBRA, IDs alone": {"tokens": {"paths": "sparse"}},
+    "COBRA, vectors alone": {"tokens": {"paths": "dense"}, "item_encoder": IdItemEncoder},
+    "SASRec": None,
+}
+
+
+def build(settings):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    fields = pl.DataFrame({"item_id": [f"{i}" for i in range(ITEMS)], "title": [f"red soap {i}" for i in range(ITEMS)]})
+    vectors = np.concatenate([np.zeros((1, 6)), rng.normal(size=(ITEMS, 6))]).astype(np.float32)
+    counts = np.concatenate([[0], rng.integers(1, 9, ITEMS)])
+    catalog = Catalog(fields, counts, ItemEmbeddings(vectors, "f" * 64, "random"))
+    if settings is None:
+        return SASRec(catalog, dim=8, dropout=0.0, max_history=6)
+    codes = torch.randint(0, 3, (ITEMS + 1, 2))
+    codes[0] = 0
+    return COBRA(
+        catalog,
+        SemanticIds(codes, 3, "f" * 64, "random"),
+        8,
+        settings.get("item_encoder", partial(EmbeddingItemEncoder, hidden=(8,), dropout=0.0)),
+        CobraTokens(**settings.get("tokens", {})),
+        CobraDecoder(num_heads=2, dropout=0.0, max_items=7),
+        CobraObjective(**settings.get("objective", {})),
+    )
+
+
+def whole_batch():
+    """Sequences of unequal length, so that the two halves have unequal numbers of positions to learn from."""
+    histories = [[3, 7, 9, 20, 1], [11, 12, 3], [5], [6, 2], [8]]
+    rows = [torch.tensor(row + [0] * (5 - len(row))) for row in histories]
+    return SequenceBatch(
+        torch.arange(5), torch.stack(rows), torch.tensor([[4], [13], [9], [3], [25]]), torch.zeros(5, 0).long()
+    )
+
+
+def two_steps(model, batch):
+    """Losses and gradients of the second of two steps: the queue of the first is in it."""
+    model.train()
+    model.losses(batch)
+    terms = model.losses(batch)
+    sum(terms.values()).backward()
+    return {name: term.detach() for name, term in terms.items()}, {n: p.grad for n, p in model.named_parameters()}
+
+
+def process(number, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=world)
+    for name, settings in MODELS.items():
+        model, batch = build(settings), whole_batch()
+        part = {f.name: getattr(batch, f.name)[number::world] for f in dataclasses.fields(batch)}
+        terms, grads = two_steps(model, SequenceBatch(**part))
+        # What DistributedDataParallel does: the mean over processes.
+        for tensor in (*terms.values(), *grads.values()):
+            dist.all_reduce(tensor)
+            tensor /= world
+        expected = torch.load(f"{folder}/{name}.pt")
+        for found, wanted in ((terms, expected["terms"]), (grads, expected["grads"])):
+            assert found.keys() == wanted.keys()
+            for key in found:
+                torch.testing.assert_close(
+                    found[key], wanted[key], atol=1e-6, rtol=1e-4, msg=lambda m: f"{name} {key}: {m}"
+                )
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_and_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path, world):
+    pytest.importorskip("tokenizers")
+    for name, settings in MODELS.items():
+        terms, grads = two_steps(build(settings), whole_batch())
+        assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+        torch.save({"terms": terms, "grads": grads}, tmp_path / f"{name}.pt")
+    mp.spawn(process, args=(world, tmp_path), nprocs=world)
