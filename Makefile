@@ -4,6 +4,8 @@
 #   DEVICE=gpu          install the CUDA build of torch and FAISS on GPU (default: cpu, or gpu where nvidia-smi answers)
 #   PYTHON=python3.12   the interpreter the environment is made with
 #   VENV=.venv          where the environment lies
+#   GRID=FILE           the grid of `make ablate` and `make ablate-cobra`
+#   ARGS='...'          further options of them, such as -j 2 or --data.raw_dir DIR
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +20,7 @@ TORCH_cpu := torch==2.13.0
 TORCH_gpu := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench-evaluation bench-retrieval clean
+.PHONY: help install demo test test-slow check format ablate ablate-cobra bench-evaluation bench-retrieval bench-cobra clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -52,12 +54,22 @@ format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+ablate: $(STAMP) ## run the ablation grid GRID=experiments/ablations/....yaml
+	$(BIN)/recsys ablate $(GRID) $(ARGS)
+
+# On a machine with a GPU the paper's setting, else one that two CPU cores can train.
+ablate-cobra: GRID ?= experiments/ablations/$(if $(filter gpu,$(DEVICE)),cobra,cobra_cpu).yaml
+ablate-cobra: ablate ## COBRA, one difference at a time
+
 # The runs that these need: `recsys fit` with experiments/rqvae/beauty_cpu.yaml, then experiments/cobra/beauty_cpu.yaml.
 bench-evaluation: $(STAMP) ## what an evaluation costs, on the Beauty files and with a trained COBRA
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/evaluation.py experiments/cobra/beauty_cpu.yaml --cobra runs/cobra/beauty_cpu
 
 bench-retrieval: $(STAMP) ## latency and recall of indexes, one query a user to 64 (about an hour)
 	$(BIN)/recsys benchmark retrieval --output experiments/results/retrieval_latency.md
+
+bench-cobra: $(STAMP) ## what COBRA needs to train and to generate, against a public implementation's shape
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cobra_speed.py --output experiments/results/cobra_speed.md
 
 clean: ## remove runs, caches and the virtual environment (raw files and results stay)
 	rm -rf $(VENV) runs cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

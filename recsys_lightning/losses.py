@@ -32,7 +32,8 @@ def info_nce(
     Returns:
         Scalar; 0 rows give 0.
     """
-    scores = F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature  # (B, U)
+    # The temperature goes into the narrow factor: a pass over (B, U) scores would cost as much as the product itself.
+    scores = (F.normalize(query, dim=-1) / temperature) @ F.normalize(candidates, dim=-1).T  # (B, U)
     if log_q is not None:
         scores = scores - log_q
     if excluded is not None:

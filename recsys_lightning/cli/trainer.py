@@ -34,6 +34,7 @@ from recsys_lightning.cli.messages import (
 from recsys_lightning.cli.statistics import print_metrics, print_statistics
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
+from recsys_lightning.memory import keep_freed_memory
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.record import PredictionWriter, RunRecord
 from recsys_lightning.training.tokenizer import TokenizerModule  # noqa: F401
@@ -366,3 +367,5 @@ def _quiet() -> None:
     for noise in ("Experiment logs directory", ".*treespec, LeafSpec", "Couldn't infer the batch indices"):
         warnings.filterwarnings("ignore", noise)
     torch.set_float32_matmul_precision("high")
+    if not torch.cuda.is_available():
+        keep_freed_memory()

@@ -120,8 +120,8 @@ class CobraObjective:
     Attributes:
         temperature: of the cosines in L_dense; the paper prints none, and 1.0 is its literal reading (C4).
         negatives: ``batch`` contrasts with the unique items of the batch, histories and answers alike; ``catalogue``
-            with all items (C6).
-        extra_negatives: items drawn uniformly from the catalogue for every batch and added to its own, so that rarely
+            with all items of the training split (C6).
+        extra_negatives: items drawn uniformly from the training split's for every batch and added to its own, so that rarely
             met items are contrasted with too (C6). Literal: 0.
         queue: items of earlier batches, with their vectors as they were, kept as further negatives (C6). Literal: 0.
         mask_same_sequence: other items of a user's own sequence are no negatives for it (C6). Literal: off.
@@ -210,6 +210,7 @@ class COBRA(Recommender):
 
     similarity = "cosine"
     codes: Tensor
+    trained: Tensor
     log_popularity: Tensor
 
     def __init__(
@@ -254,8 +255,11 @@ class COBRA(Recommender):
         if tokens.paths != "sparse":
             self.item_encoder = item_encoder(catalog, dim)
             self.dense_head = nn.Linear(dim, dim) if decoder.dense_head == "linear" else nn.Identity()
-            counts = torch.as_tensor(catalog.train_counts).clamp_min(1).double()
-            self.register_buffer("log_popularity", (counts / counts[1:].sum()).log(), persistent=False)  # (I+1,)
+            counts = torch.as_tensor(catalog.train_counts)  # (I+1,)
+            # Items that training never meets are no negatives: it would only learn that nobody wants them.
+            self.register_buffer("trained", counts.nonzero().flatten(), persistent=False)  # ids, ascending
+            log_popularity = (counts.clamp_min(1).double() / counts.sum()).log()
+            self.register_buffer("log_popularity", log_popularity, persistent=False)  # (I+1,)
         self.queue = ItemQueue(objective.queue, dim) if objective.queue and tokens.paths != "sparse" else None
 
         self.token_type = nn.Embedding(self.layout.size, dim)  # one type a level, then the dense type (C1)
@@ -329,12 +333,12 @@ class COBRA(Recommender):
         """
         log_q = None
         if self.objective.log_q:
-            # The chance that an item with popularity p is among n items of sequences and m drawn from the catalogue's
-            # I: 1 - (1 - p)^n (1 - 1/I)^m, over all processes.
+            # The chance that an item with popularity p is among n items of sequences and m drawn from I items:
+            # 1 - (1 - p)^n (1 - 1/I)^m, over all processes.
             counts = torch.tensor([[met, self.objective.extra_negatives]], device=candidates.device)
             num_met, num_drawn = gather_rows(counts).sum(0)
             stays_out = torch.log1p(-self.log_popularity[candidates].exp()) * num_met
-            stays_out = stays_out + math.log1p(-1 / self.num_items) * num_drawn
+            stays_out = stays_out + math.log1p(-1 / len(self.trained)) * num_drawn
             log_q = (-torch.expm1(stays_out)).log().to(vectors.dtype)  # (U,)
         if self.objective.detach_targets:
             vectors = vectors.detach()
@@ -353,8 +357,10 @@ class COBRA(Recommender):
         They are those of all processes, in ascending order and so the same on each.
         """
         if self.objective.negatives == "catalogue":
-            return torch.arange(1, self.num_items + 1, device=items.device), items - 1
-        drawn = torch.randint(1, self.num_items + 1, (self.objective.extra_negatives,), device=items.device)
+            drawn = self.trained
+        else:
+            chosen = torch.randint(len(self.trained), (self.objective.extra_negatives,), device=items.device)
+            drawn = self.trained[chosen]
         candidates = torch.unique(gather_rows(torch.unique(torch.cat([items, drawn]))))
         return candidates, torch.searchsorted(candidates, items)
 

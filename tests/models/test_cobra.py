@@ -217,6 +217,17 @@ def test_catalogue_negatives_contrast_with_every_item(build, batch_of):
     torch.testing.assert_close(model.losses(batch)["dense"], torch.stack(by_hand).mean())
 
 
+@pytest.mark.parametrize("objective", [{"negatives": "catalogue"}, {"extra_negatives": 2000}])
+def test_items_that_training_never_meets_are_no_negatives(build, batch_of, catalog, objective):
+    """Else a new item would be pushed away from everybody before anyone could want it."""
+    catalog.train_counts[[4, 17]] = 0
+    model = build(objective=objective)
+    asked = []
+    model.item_encoder.register_forward_hook(lambda _m, args, _out: asked.append(args[0].tolist()))
+    model.losses(batch_of([3, 7, 9], targets=[5]))
+    assert asked == [[item for item in range(1, 38) if item not in (4, 17)]]
+
+
 def test_each_objective_setting_changes_the_loss(build, batch_of):
     batch = batch_of([3, 7, 9], [11, 12, 4], targets=[5, 6])
     plain = build().losses(batch)
