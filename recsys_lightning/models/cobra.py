@@ -99,8 +99,9 @@ class CobraDecoder:
         dropout: on the input and inside the blocks.
         bos: put a learned token first, so that the first item is predicted too and an empty history has an answer
             (C2). The paper has none.
-        dense_head: ``none`` reads the dense vector straight off the decoder, as eq. 6 does; ``linear`` adds a layer
-            (C3).
+        dense_head: ``none`` reads the dense vector straight off the decoder, as eq. 6 does; ``linear`` adds a layer;
+            ``residual`` adds the state before the ID, so that what the ID brings is a correction: in a cascade that
+            state is L tokens back, and a shallow decoder is slow to learn to look there (C3).
         max_items: longest sequence in items, the answer included: one more than the data's ``max_history`` (C12).
     """
 
@@ -109,7 +110,7 @@ class CobraDecoder:
     feedforward: int | None = None
     dropout: float = 0.3
     bos: bool = False
-    dense_head: Literal["none", "linear"] = "none"
+    dense_head: Literal["none", "linear", "residual"] = "none"
     max_items: int = 21
 
 
@@ -129,6 +130,9 @@ class CobraObjective:
         detach_targets: no gradient into the item encoder through the answers' vectors (C5). Literal: off.
         sparse_weight: of L_sparse, the mean over levels and positions (C8).
         dense_weight: of L_dense, the mean over positions (C8).
+        early_weight: of the same loss on a dense vector that is also read before the ID, from the history alone. In a
+            cascade alone, item vectors learn only what tells the items of a cell apart, since the ID gives the rest
+            away; this teaches them who follows whom. For ``tokens.order=cascade`` with both paths. Literal: 0, none.
     """
 
     temperature: float = 0.0625
@@ -140,6 +144,7 @@ class CobraObjective:
     detach_targets: bool = False
     sparse_weight: float = 1.0
     dense_weight: float = 1.0
+    early_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -169,6 +174,8 @@ class CobraSearch:
         per_cell: N, nearest items kept of each cell; 0 keeps all (C17).
         tau: weight of the beam score (C17; the paper's industrial optimum is 0.9).
         psi: weight of the cosine (C17; the paper's is 16).
+        omega: weight of the cosine with the dense vector that is read before the ID, in BeamFusion; needs
+            ``objective.early_weight``. Literal: 0.
         fusion: ``global`` and ``per_id`` are BeamFusion with either domain of the softmax over cosines (C16). Two do
             without it: ``nearest`` takes the items nearest to the dense vector of the best ID, and ``ranks`` merges
             those with the items of the beams by their reciprocal ranks.
@@ -178,6 +185,7 @@ class CobraSearch:
     per_cell: int = 100
     tau: float = 1.0
     psi: float = 16.0
+    omega: float = 0.0
     fusion: Literal["global", "per_id", "nearest", "ranks"] = "global"
 
     def __post_init__(self) -> None:
@@ -229,6 +237,12 @@ class COBRA(Recommender):
             raise InputError(f"dim={dim} must be a multiple of decoder.num_heads={decoder.num_heads}")
         if tokens.paths == "sparse" and search.fusion in ("nearest", "ranks"):
             raise InputError(f"search.fusion={search.fusion} needs dense vectors: tokens.paths=sparse has none")
+        if decoder.dense_head == "residual" and (tokens.paths != "both" or tokens.order != "cascade"):
+            raise InputError("decoder.dense_head=residual is for tokens.paths=both and tokens.order=cascade")
+        if objective.early_weight and (tokens.paths != "both" or tokens.order != "cascade"):
+            raise InputError("objective.early_weight is for tokens.paths=both and tokens.order=cascade")
+        if search.omega and not objective.early_weight:
+            raise InputError(f"search.omega={search.omega} needs objective.early_weight: nothing is read before the ID")
         self.tokens, self.decoder_config, self.objective, self.search = tokens, decoder, objective, search
         self.num_items = catalog.num_items
         self.trie: PrefixTrie | None = None
@@ -283,7 +297,7 @@ class COBRA(Recommender):
         """Teacher forcing: one causal pass predicts every item of every sequence from those before it (eqs. 4-9, C14).
 
         Returns:
-            ``sparse`` and ``dense``, weighted.
+            ``sparse`` and ``dense``, weighted; with `CobraObjective.early_weight` also ``early``.
         """
         sequence = batch.sequence  # (B, T)
         present = sequence != 0
@@ -315,21 +329,35 @@ class COBRA(Recommender):
             terms["sparse"] = share * self.objective.sparse_weight * torch.stack(sparse).mean()
         if vectors is not None:
             index = torch.zeros_like(sequence).masked_scatter(present, own)[:, first:][learned]  # (P,)
-            predicted = self.dense_head(windows[:, self.layout.dense_read])  # (P, D)
             row_has = None
             if self.objective.mask_same_sequence:
                 row_has = torch.zeros(len(sequence), len(candidates), dtype=torch.bool, device=sequence.device)
                 row_has[present.nonzero()[:, 0], own] = True  # (B, U)
                 row_has = row_has[learned.nonzero()[:, 0]]  # (P, U)
-            contrast = self._contrast(predicted, vectors, candidates, index, row_has, len(own))
-            terms["dense"] = share * self.objective.dense_weight * contrast
+            candidate_vectors, log_q, row_has = self._negatives(vectors, candidates, row_has, len(own))
+            weights = {"dense": (self.layout.dense_read, self.objective.dense_weight)}
+            if self.objective.early_weight:
+                weights["early"] = (0, self.objective.early_weight)
+            for name, (state, weight) in weights.items():
+                predicted = self._dense(windows[:, 0], windows[:, state] if state else None)  # (P, D)
+                contrast = info_nce(
+                    predicted, candidate_vectors, index, self.objective.temperature, row_has, log_q
+                )  # eq. 8
+                terms[name] = share * weight * contrast
         return terms
 
-    def _contrast(
-        self, predicted: Tensor, vectors: Tensor, candidates: Tensor, index: Tensor, excluded: Tensor | None, met: int
-    ) -> Tensor:
-        """L_dense (eq. 8): predicted (P, D) against the vectors (U, D) of the candidates (U,), of which `index` (P,)
-        are the answers; `met` items stand in this process's sequences.
+    def _dense(self, before: Tensor, after: Tensor | None) -> Tensor:
+        """The dense vectors (..., D) predicted from the state before the ID alone, or from that after it."""
+        if after is not None and self.decoder_config.dense_head == "residual":
+            after = before + after
+        predicted: Tensor = self.dense_head(before if after is None else after)
+        return predicted
+
+    def _negatives(
+        self, vectors: Tensor, candidates: Tensor, excluded: Tensor | None, met: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `info_nce` contrasts with: the vectors (U, D) of the candidates (U,) and of the queue, the logQ
+        correction, and which are no negatives of which position (P, U). `met` items stand in this process's sequences.
         """
         log_q = None
         if self.objective.log_q:
@@ -347,9 +375,9 @@ class COBRA(Recommender):
             if self.training:
                 self.queue.push(candidates, vectors)
             vectors = torch.cat([vectors, older.to(vectors.dtype)])
-            if excluded is not None:  # (P, U + Q) what is not in the batch is in no sequence of it
+            if excluded is not None:  # what is not in the batch is in no sequence of it
                 excluded = torch.cat([excluded, excluded.new_zeros(len(excluded), len(older))], 1)
-        return info_nce(predicted, vectors, index, self.objective.temperature, excluded, log_q)
+        return vectors, log_q, excluded
 
     def _candidates(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of the items that are encoded and contrasted (U,), and where each of `items` is among them.
@@ -437,7 +465,9 @@ class COBRA(Recommender):
         if self.layout.dense_slot is None:
             return items_of_beams(beams, trie, k)
         if search.fusion == "global" or search.fusion == "per_id":
-            return beam_fusion(beams, trie, index.table, k, search.tau, search.psi, search.per_cell, search.fusion)
+            early = generation.dense() if search.omega else None
+            settings = search.tau, search.psi, search.per_cell, search.fusion, early, search.omega
+            return beam_fusion(beams, trie, index.table, k, *settings)
         found = index.search_with_ties(beams.hidden[:, 0], k)
         lists = Recommendations(found.item_ids, found.scores, Generated(beams.leaves, beams.log_probs))
         if search.fusion == "nearest":
@@ -466,8 +496,7 @@ class _Generation:
 
     def dense(self) -> Tensor:
         """(B, D) the dense vector predicted from the history alone."""
-        predicted: Tensor = self.model.dense_head(self.state)
-        return predicted
+        return self.model._dense(self.state, None)
 
     def beams(self, num_beams: int) -> Beams:
         """The most likely semantic IDs; see `COBRA.generate`."""
@@ -494,7 +523,9 @@ class _Generation:
             elif summed:
                 return model.heads[level + 1](state)[:, None].expand(-1, codes.shape[1], -1), token
             new = self._extend(token, layout.code_slots[0 if summed else level], parents)
-            return (new, model.dense_head(new)) if level == last else (model.heads[level + 1](new), new)
+            if level == last:
+                return new, model._dense(self.state[:, None], new)
+            return model.heads[level + 1](new), new
 
         return beam_search(model.trie, model.heads[0](state), advance, num_beams)
 

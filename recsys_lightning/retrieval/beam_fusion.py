@@ -3,7 +3,7 @@
 Axis letters: B rows, M beams, C candidates over all rows, D width, I items.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ def beam_fusion(
     psi: float | Tensor = 16.0,
     per_cell: int = 100,
     mode: Literal["global", "per_id"] = "global",
+    early: Tensor | None = None,
+    omega: float = 0.0,
 ) -> Recommendations:
     """Rank the items of the beams' cells by beam score and cosine together.
 
@@ -43,7 +45,29 @@ def beam_fusion(
         psi: weight of the cosine; one number, or one a row (B,).
         per_cell: N of the paper: items kept of each cell; 0 keeps all.
         mode: domain of the second softmax.
+        early: (B, D) a dense vector that was predicted before the ID; ``omega cos(early, a)`` is added to the score.
+            The paper has none.
+        omega: weight of that cosine.
     """
+    found = beam_candidates(beams, trie, item_vectors, per_cell)
+    scores = log_scores(found, beams.log_probs, tau, psi, mode)
+    if early is not None:
+        vectors = F.normalize(item_vectors, dim=-1)
+        scores = scores + omega * _cosines(F.normalize(early, dim=-1), vectors, found.row, found.items)
+    return _ranked(found, scores, beams, k)
+
+
+class Candidates(NamedTuple):
+    """The items that the beams of B rows reach (the union of eq. 12), row by row and beam by beam."""
+
+    row: Tensor  # (C,) row of the batch
+    beam: Tensor  # (C,) 0 .. B M - 1: row * M + beam of the row
+    items: Tensor  # (C,)
+    cosine: Tensor  # (C,) of the item and its beam's dense vector
+
+
+def beam_candidates(beams: Beams, trie: PrefixTrie, item_vectors: Tensor, per_cell: int = 100) -> Candidates:
+    """The items that BeamFusion ranks; none of `tau`, `psi` and `mode` changes them. Arguments as in `beam_fusion`."""
     beam, nth, items = _members(beams.leaves, trie)
     cosine = _cosines(F.normalize(beams.hidden.flatten(0, 1), dim=-1), F.normalize(item_vectors, dim=-1), beam, items)
     if 0 < per_cell <= int(nth.max()):
@@ -51,15 +75,50 @@ def beam_fusion(
         nearest = nearest[beam[nearest].argsort(stable=True)]  # by beam, nearest first
         nearest = nearest[nth < per_cell]  # cells are contiguous, so nth is also the rank
         beam, items, cosine = beam[nearest], items[nearest], cosine[nearest]
-    num_rows, num_beams = beams.leaves.shape
-    row = beam // num_beams  # (C,)
-    tau, psi = (torch.as_tensor(weight, device=cosine.device).expand(num_rows) for weight in (tau, psi))
-    near = psi[row] * cosine
-    domain, num_domains = (row, num_rows) if mode == "global" else (beam, num_rows * num_beams)
-    log_near = near - _segment_logsumexp(near, domain, num_domains)[domain]
-    log_beam = (tau[:, None] * beams.log_probs.float()).log_softmax(1).flatten()  # (B M,)
-    ids, scores = _by_row(items, log_beam[beam] + log_near, row, num_rows)
-    return rank_candidates(ids, scores, k)._replace(generated=Generated(beams.leaves, beams.log_probs))
+    return Candidates(beam // beams.leaves.shape[1], beam, items, cosine)
+
+
+def log_scores(
+    found: Candidates,
+    log_probs: Tensor,
+    tau: float | Tensor = 1.0,
+    psi: float | Tensor = 16.0,
+    mode: Literal["global", "per_id"] = "global",
+) -> Tensor:
+    """(C,) log Phi of each candidate (eq. 13), with gradients for `tau` and `psi`. Arguments as in `beam_fusion`.
+
+    Args:
+        found: the candidates.
+        log_probs: (B, M) of the beams.
+        tau: weight of the beam score.
+        psi: weight of the cosine.
+        mode: domain of the second softmax.
+    """
+    num_rows, num_beams = log_probs.shape
+    tau, psi = (torch.as_tensor(weight, device=found.cosine.device).expand(num_rows) for weight in (tau, psi))
+    near = psi[found.row] * found.cosine
+    domain, num_domains = (found.row, num_rows) if mode == "global" else (found.beam, num_rows * num_beams)
+    log_near = near - segment_logsumexp(near, domain, num_domains)[domain]
+    log_beam = (tau[:, None] * log_probs.float()).log_softmax(1).flatten()  # (B M,)
+    return log_beam[found.beam] + log_near
+
+
+def rank_fused(
+    found: Candidates,
+    beams: Beams,
+    k: int,
+    tau: float | Tensor = 1.0,
+    psi: float | Tensor = 16.0,
+    mode: Literal["global", "per_id"] = "global",
+) -> Recommendations:
+    """What `beam_fusion` returns, of candidates that are known already. Arguments as there."""
+    return _ranked(found, log_scores(found, beams.log_probs, tau, psi, mode), beams, k)
+
+
+def _ranked(found: Candidates, scores: Tensor, beams: Beams, k: int) -> Recommendations:
+    """The k best of candidates with scores (C,)."""
+    ids, padded = _by_row(found.items, scores, found.row, len(beams.leaves))
+    return rank_candidates(ids, padded, k)._replace(generated=Generated(beams.leaves, beams.log_probs))
 
 
 def items_of_beams(beams: Beams, trie: PrefixTrie, k: int) -> Recommendations:
@@ -90,9 +149,9 @@ def _cosines(queries: Tensor, vectors: Tensor, beam: Tensor, items: Tensor) -> T
     return torch.cat([(queries[b] * vectors[i]).sum(-1) for b, i in chunks]).float()
 
 
-def _segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     """(num_segments,) log of the sum of exponentials of the values (C,) of each segment."""
-    largest = values.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment, values, "amax")
+    largest = values.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment, values.detach(), "amax")
     total = torch.zeros_like(largest).index_add(0, segment, (values - largest[segment]).exp())
     return largest + total.log()
 

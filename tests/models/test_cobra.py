@@ -56,13 +56,15 @@ def reference_losses(model, sequences, temperature=0.0625):
                 logits = model.heads[level](hidden[read])
                 sparse[level].append(-logits.log_softmax(-1)[model.codes[item, level]])
             predicted = model.dense_head(hidden[bos + t * stride + levels - 1])
+            if model.decoder_config.dense_head == "residual":
+                predicted = predicted + hidden[bos + (t - 1) * stride + levels]  # the token before the item's first
             scores = torch.stack([F.cosine_similarity(predicted, vectors[c], dim=0) for c in candidates]) / temperature
             dense.append(-scores.log_softmax(-1)[candidates.index(item)])
     return torch.stack([torch.stack(level).mean() for level in sparse]).mean(), torch.stack(dense).mean()
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("dense_head", ["none", "linear"])
+@pytest.mark.parametrize("dense_head", ["none", "linear", "residual"])
 def test_losses_are_equations_4_to_9_written_as_loops(build, batch_of, bos, dense_head):
     model = build({"bos": bos, "dense_head": dense_head})
     batch = batch_of(*HISTORIES, targets=[4, 13, 9])
@@ -113,7 +115,10 @@ def exhaustive(model, history, vectors, tau, psi, per_id=False):
         for level in range(model.num_levels):
             log_p += model.heads[level](hidden[start + level]).log_softmax(-1)[model.codes[item, level]].item()
         phi.append(log_p)
-        cosine.append(F.cosine_similarity(model.dense_head(hidden[-1]), vectors[item], dim=0).item())
+        predicted = model.dense_head(hidden[-1])
+        if model.decoder_config.dense_head == "residual":
+            predicted = predicted + hidden[start]
+        cosine.append(F.cosine_similarity(predicted, vectors[item], dim=0).item())
     phi, cosine = torch.tensor(phi), torch.tensor(cosine)
     cells = [tuple(code) for code in model.codes[1:].tolist()]
     by_cell = {cell: phi[cells.index(cell)] for cell in cells}
@@ -128,9 +133,9 @@ def exhaustive(model, history, vectors, tau, psi, per_id=False):
 
 
 @pytest.mark.parametrize("fusion", ["global", "per_id"])
-@pytest.mark.parametrize("bos", [False, True])
-def test_many_beams_and_whole_cells_equal_exhaustive_scoring(build, batch_of, fusion, bos):
-    model = build({"bos": bos}, search={"num_beams": 64, "per_cell": 0, "fusion": fusion, "tau": 0.9, "psi": 8.0})
+@pytest.mark.parametrize("decoder", [{}, {"bos": True}, {"dense_head": "linear"}, {"dense_head": "residual"}])
+def test_many_beams_and_whole_cells_equal_exhaustive_scoring(build, batch_of, fusion, decoder):
+    model = build(decoder, search={"num_beams": 64, "per_cell": 0, "fusion": fusion, "tau": 0.9, "psi": 8.0})
     vectors = model.item_table()
     found = model.recommend(batch_of(*HISTORIES), model.num_items, model.build_index())
     for row, history in enumerate(HISTORIES):
@@ -330,6 +335,10 @@ def test_a_checkpoint_of_other_semantic_ids_is_refused(build, semantic_ids):
         ({"objective": {"log_q": True, "negatives": "catalogue"}}, r"log_q"),
         ({"objective": {"extra_negatives": -1}}, r"extra_negatives=-1"),
         ({"decoder": {"num_heads": 3}}, r"dim=16 must be a multiple of decoder.num_heads=3"),
+        (
+            {"decoder": {"dense_head": "residual"}, "tokens": {"order": "parallel"}},
+            r"decoder.dense_head=residual is for tokens.paths=both and tokens.order=cascade",
+        ),
         ({"search": {"num_beams": 0}}, r"num_beams=0"),
         ({"search": {"per_cell": -1}}, r"per_cell=-1"),
     ],

@@ -130,6 +130,30 @@ def test_many_beams_equal_exhaustive_scoring(build, batch_of, name, bos):
         torch.testing.assert_close(row - row[0], expected - expected[0], atol=1e-4, rtol=1e-4)
 
 
+def test_an_early_dense_vector_is_read_before_the_id(build, batch_of):
+    """It is learned like that of the parallel order, beside the cascade's own."""
+    model = build("cascade", objective={"early_weight": 0.5})
+    found, plain = (build_.losses(batch_of(*HISTORIES, targets=TARGETS)) for build_ in (model, build("cascade")))
+    assert found.keys() == {"sparse", "dense", "early"}
+    torch.testing.assert_close([found["sparse"], found["dense"]], [plain["sparse"], plain["dense"]])
+    parallel = build("parallel").losses(batch_of(*HISTORIES, targets=TARGETS))["dense"]
+    torch.testing.assert_close(found["early"], 0.5 * parallel)
+
+
+@pytest.mark.parametrize("fusion", ["global", "per_id"])
+def test_omega_adds_the_cosine_with_the_early_vector(build, batch_of, fusion):
+    search = {"num_beams": 64, "per_cell": 0, "fusion": fusion}
+    with_early, without = (
+        build("cascade", search | more, objective={"early_weight": 0.5}) for more in ({"omega": 3.0}, {})
+    )
+    index = with_early.build_index()
+    added = [scores_of(m, m.recommend(batch_of(*HISTORIES), m.num_items, index)) for m in (with_early, without)]
+    for row, history in zip(added[0] - added[1], HISTORIES, strict=True):
+        query = read(with_early, "cascade", history)[len(history) - 1, "v"]
+        expected = 3.0 * F.cosine_similarity(query[None], index.table[1:])
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["IDs alone", "IDs alone, sum"])
 def test_without_dense_vectors_items_are_ranked_by_their_semantic_id(build, batch_of, name):
     model = build(name, {"num_beams": 64})
@@ -260,6 +284,8 @@ def test_settings_that_mean_nothing_together_are_refused(settings, message):
     [
         ("IDs alone", {"search": {"fusion": "nearest"}}, r"search.fusion=nearest needs dense vectors"),
         ("cascade", {"ids": None}, r"semantic_ids is missing.*tokens.paths=dense"),
+        ("parallel", {"objective": {"early_weight": 1.0}}, r"objective.early_weight is for .*tokens.order=cascade"),
+        ("cascade", {"search": {"omega": 1.0}}, r"search.omega=1.0 needs objective.early_weight"),
         ("cascade", {"objective": {"queue": -1}}, r"objective.queue=-1"),
         ("cascade", {"objective": {"queue": 8, "negatives": "catalogue"}}, r"objective.queue are for negatives: batch"),
         ("cascade", {"objective": {"queue": 8, "log_q": True}}, r"objective.log_q knows"),
