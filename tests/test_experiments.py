@@ -6,22 +6,29 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
+from recsys_lightning.analysis.grid import load_grid
+from recsys_lightning.analysis.grid_runs import expand, identity
 from recsys_lightning.cli import main
-from recsys_lightning.cli.trainer import run
+from recsys_lightning.cli.trainer import RecsysCLI, run
 from recsys_lightning.data.sources import Amazon2014
+from recsys_lightning.errors import InputError
+from recsys_lightning.models import cobra as models
+from recsys_lightning.nn import item_encoders
 from recsys_lightning.semantic_ids.table import SemanticIds
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments"
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 LOGGERS = [name for name in FILES if name.startswith("logger/")]
-EXPERIMENTS = [name for name in FILES if name not in LOGGERS]
+GRIDS = [name for name in FILES if name.startswith("ablations/")]
+EXPERIMENTS = [name for name in FILES if name not in (*LOGGERS, *GRIDS)]
 COBRA = [name for name in EXPERIMENTS if name.startswith("cobra/") or name == "demo/cobra.yaml"]
 CATEGORIES = {"beauty": "Beauty", "sports": "Sports_and_Outdoors", "toys": "Toys_and_Games"}
 
@@ -114,6 +121,87 @@ def test_cobra_and_its_tokenizer_see_the_same_embeddings(name):
 def test_cobra_has_a_position_for_every_item_of_a_history_and_the_answer(name):
     config = resolved(name)
     assert built_by(config)[1]["decoder"]["max_items"] == config["data"]["init_args"]["max_history"] + 1
+
+
+# ------------------------------------------------------------------------------------------------------- their grids
+
+
+class Parsed(RecsysCLI):
+    """The real parser, built once for many command lines: it takes longer to build than to use."""
+
+    lines: ClassVar[list[list[str]]] = []
+    configs: ClassVar[list[dict[str, Any]]] = []
+
+    def parse_arguments(self, parser, args):
+        for line in self.lines:
+            try:
+                super().parse_arguments(parser, line)
+            except InputError as error:
+                raise AssertionError(f"{error}: {line}") from error
+            command = self.config.subcommand
+            text = self._subcommand_parsers[command].dump(self.config[command], skip_none=False)
+            self.configs.append(yaml.safe_load(text))
+        raise SystemExit
+
+
+@functools.cache
+def grid_configs(name: str) -> dict[str, dict[str, Any]]:
+    """What the runs of one seed of a grid are made of, by entry, through the parser that the command uses."""
+    grid = load_grid(FOLDER / name)
+    runs = expand(grid, Path("runs/ablations") / grid.path.stem)
+    once = [run for run in runs.values() if run.seed in (None, grid.seeds[0])]
+    Parsed.lines = [["test" if run.checkpoint else "fit", *run.settings] for run in once]
+    Parsed.configs = []
+    with mock.patch("recsys_lightning.cli.trainer.RecsysCLI", Parsed), contextlib.suppress(SystemExit):
+        run(Parsed.lines[0])
+    return {run.entry.name: config for run, config in zip(once, Parsed.configs, strict=True)}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_run_of_a_grid_resolves_and_no_two_rows_are_the_same(name):
+    configs = grid_configs(name)
+    assert not any("${" in yaml.safe_dump(config) for config in configs.values())
+    grid = load_grid(FOLDER / name)
+    for variant in grid.variants:
+        assert (
+            configs[variant.name]["run_dir"] == f"runs/ablations/{Path(name).stem}/{variant.name}-seed{grid.seeds[0]}"
+        )
+    rows = {(identity(configs[variant.name]), variant.weights) for variant in grid.variants}
+    assert len(rows) == len(grid.variants)
+    assert grid.report is not None
+    assert grid.report.parent == Path("experiments/results")
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_and_its_tokenizers_see_the_same_embeddings(name):
+    configs = grid_configs(name)
+    for entry in load_grid(FOLDER / name).variants:
+        for needed in entry.references:
+            data, tokenizer = (configs[one]["data"]["init_args"] for one in (entry.name, needed))
+            for key in ("source", "encoder", "template", "raw_dir", "cache_dir", "k_core"):
+                assert data[key] == tokenizer[key], (entry.name, needed, key)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_variant_of_a_grid_builds_learns_and_answers(name, catalog, semantic_ids, batch_of):
+    """Settings that exclude one another would only show once the run begins."""
+    torch.manual_seed(0)
+    for entry, config in grid_configs(name).items():
+        model, settings = built_by(config)
+        if model != "COBRA":
+            continue
+        parts = ("tokens", "decoder", "objective", "search")
+        made = {key: getattr(models, f"Cobra{key.title()}")(**settings[key]) for key in parts}
+        encoder = settings["item_encoder"]
+        kind = getattr(item_encoders, encoder["class_path"].rpartition(".")[2])
+        cobra = models.COBRA(
+            catalog, semantic_ids, settings["dim"], functools.partial(kind, **encoder.get("init_args", {})), **made
+        )
+        losses = cobra.losses(batch_of([1, 2, 3], [20, 21], targets=[4, 22]))
+        assert all(math.isfinite(float(loss.detach())) for loss in losses.values()), entry
+        cobra.eval()
+        found = cobra.recommend(batch_of([1, 2, 3], [20, 21]), 5, cobra.build_index())
+        assert (found.item_ids[:, 0] > 0).all(), entry
 
 
 # ------------------------------------------------------------------------------------------------------------ they run

@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 import yaml
 
 from recsys_lightning.analysis.audit_check import Check, not_checked, verdict
@@ -25,6 +24,7 @@ from recsys_lightning.analysis.audit_data import (
     Batch,
     Recount,
     TrainingPairs,
+    TrainingRows,
     check_evaluation,
     check_item_statistics,
     check_scrambling,
@@ -34,13 +34,10 @@ from recsys_lightning.analysis.audit_data import (
     scrambled,
 )
 from recsys_lightning.analysis.audit_model import (
-    Build,
-    State,
     check_catalogue_facts,
     check_losses,
     check_semantic_ids,
     check_texts,
-    load_weights,
 )
 from recsys_lightning.analysis.audit_record import check_evidence, check_provenance, check_selection
 from recsys_lightning.data.catalog import Catalog
@@ -51,7 +48,14 @@ from recsys_lightning.files import replacing
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer
-from recsys_lightning.training.recommender import RecommenderModule
+from recsys_lightning.training.checkpoints import (
+    Build,
+    State,
+    builder_of,
+    model_weights,
+    read_checkpoint,
+    trained_model,
+)
 from recsys_lightning.training.record import code_fingerprint
 from recsys_lightning.training.tokenizer import TokenizerModule
 
@@ -100,7 +104,7 @@ def audit(run: TrainedRun, tokenizer: TrainedRun | None = None, no_tokenizer: st
     Raises:
         InputError: the run, its data or its checkpoint cannot be read, or are of no kind that can be audited.
     """
-    build, checkpoint = _learner(run.module)[0], _read_checkpoint(run.checkpoint)
+    build, checkpoint = builder_of(run.module), read_checkpoint(run.checkpoint)
     worlds = _build_worlds(run.data)
     yield from _data_checks(worlds)
     if worlds.clean.catalog.text is not None:
@@ -108,7 +112,7 @@ def audit(run: TrainedRun, tokenizer: TrainedRun | None = None, no_tokenizer: st
     meanings = list(_semantic_checks(run, tokenizer, no_tokenizer, worlds))
     yield from meanings
     try:
-        yield from _model_checks(build, _weights(run.module, checkpoint), worlds)
+        yield from _model_checks(build, model_weights(run.module, checkpoint), worlds)
     except InputError as error:
         # A table of other embeddings is refused by the model, too: that is what the audit was asked to find.
         if all(check.status != "FAIL" for check in meanings):
@@ -140,7 +144,7 @@ def _build_worlds(data: CatalogDataModule) -> _Worlds:
     data.prepare_data()
     data.setup()
     interactions = data.data.interactions
-    counted = recount(interactions)
+    counted = recount(interactions, data.split.cold)
     if not len(counted.users) or interactions.num_items < 2:
         raise InputError("nothing is held out in these data: no user has 3 interactions, or there is only one item")
     answers = np.concatenate([counted.validation, counted.test])
@@ -154,15 +158,18 @@ def _build_worlds(data: CatalogDataModule) -> _Worlds:
 
 def _data_checks(worlds: _Worlds) -> Iterator[Check]:
     clean, both, counted = worlds.clean, worlds.both, worlds.counted
-    interactions, pairs = clean.data.interactions, None
+    interactions = clean.data.interactions
+    known: TrainingPairs | TrainingRows | None = None
     stages: tuple[Stage, ...] = ("train", *_EVALUATED)
     rows = {stage: clean.dataset(stage) for stage in stages} if isinstance(clean, SequenceDataModule) else {}
     yield check_split(interactions, counted, clean.split, rows)
     if rows:
-        pairs = TrainingPairs.of(interactions, counted)
+        known = TrainingPairs.of(interactions, counted)
         batches = ([batch for stage in _EVALUATED for batch in _batches(world, stage)] for world in (clean, both))
         yield check_scrambling(*batches)
-    yield check_train_batches(clean.train_dataloader(), both.train_dataloader(), pairs)
+    elif clean.catalog.text is not None:
+        known = TrainingRows.of(clean.catalog.text_embeddings(), counted.cold)
+    yield check_train_batches(clean.train_dataloader(), both.train_dataloader(), known)
     yield check_item_statistics(interactions, counted, clean.catalog.train_counts, both.catalog.train_counts)
     loaders = ({stage: _batches(world, stage) for stage in _EVALUATED} for world in (clean, both, worlds.test))
     yield check_evaluation(*loaders)
@@ -174,29 +181,6 @@ def _batches(data: CatalogDataModule, stage: Stage) -> Iterable[Batch]:
 
 
 # ---------------------------------------------------------------------------------------------------------- models
-
-
-def _learner(module: L.LightningModule) -> tuple[Build, str]:
-    """What makes the model of a module, and what its weights' names begin with."""
-    if isinstance(module, RecommenderModule):
-        return module.build_model, "recommender."
-    if isinstance(module, TokenizerModule):
-        make = module.build_tokenizer
-        return lambda catalog: make(catalog.text_width), "tokenizer."
-    raise InputError(f"{type(module).__name__} is neither a recommender nor a tokenizer: there is nothing to audit")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"{path} is no checkpoint of a run: it holds no weights")
-    return checkpoint
-
-
-def _weights(module: L.LightningModule, checkpoint: dict[str, Any]) -> State:
-    prefix = _learner(module)[1]
-    state: dict[str, torch.Tensor] = checkpoint["state_dict"]
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _model_checks(build: Build, state: State, worlds: _Worlds) -> Iterator[Check]:
@@ -229,10 +213,9 @@ def _semantic_checks(
 
 
 def _trained_tokenizer(maker: TrainedRun, catalog: Catalog) -> ItemTokenizer:
-    model = _learner(maker.module)[0](catalog)
+    model = trained_model(maker.module, catalog, maker.checkpoint)
     if not isinstance(model, ItemTokenizer):
         raise InputError(f"{maker.folder} holds a {type(model).__name__}, no tokenizer")
-    load_weights(model, _weights(maker.module, _read_checkpoint(maker.checkpoint)))
     return model
 
 
@@ -247,7 +230,9 @@ def _check_tokenizer_batches(maker: TrainedRun, worlds: _Worlds) -> Check:
     if data.data.fingerprint != worlds.clean.data.fingerprint:
         return verdict(name, [f"{maker.folder} was trained on other data ({data.data.fingerprint[:12]})"], "")
     changed = data.with_interactions(worlds.both.data.interactions)
-    return check_train_batches(data.train_dataloader(), changed.train_dataloader(), None, name)
+    # Of the items that this run holds out, whatever the tokenizer's own settings say.
+    known = TrainingRows.of(data.catalog.text_embeddings(), worlds.counted.cold)
+    return check_train_batches(data.train_dataloader(), changed.train_dataloader(), known, name)
 
 
 # ---------------------------------------------------------------------------------------------------------- record

@@ -33,32 +33,52 @@ class Recount(NamedTuple):
     validation: IntArray  # (E,) position of each one's validation answer in `Interactions`
     test: IntArray  # (E,)
     train_stop: IntArray  # (U,) where each user's training ends
+    cold: IntArray  # items that are held out of training
+    closed: IntArray  # (U+1,) the bounds of each user's training once those are struck and all is closed up
     repeats: int  # users of whom a held-out item is also among their own training items
     ties: int  # users whose validation answer bears the time of their last training item: the file's order decides
     disorder: int  # users with a held-out answer that is older than what precedes it
 
 
-def recount(interactions: Interactions) -> Recount:
-    """Split interactions by a plain loop."""
+def recount(interactions: Interactions, cold: IntArray | None = None) -> Recount:
+    """Split interactions by a plain loop.
+
+    Args:
+        interactions: all of them.
+        cold: ids of items that training may not meet; None for none.
+    """
+    held_out = set() if cold is None else set(cold.tolist())
     users: list[int] = []
     validation: list[int] = []
     test: list[int] = []
     train_stop: list[int] = []
+    closed = [0]
     repeats = ties = disorder = 0
     for user in range(interactions.num_users):
         begin, end = int(interactions.offsets[user]), int(interactions.offsets[user + 1])
-        if end - begin < 3:
-            train_stop.append(end)
+        items, times = interactions.items[begin:end].tolist(), interactions.timestamps[begin:end].tolist()
+        train_stop.append(end if len(items) < 3 else end - 2)
+        trained = [item for item in items[: train_stop[-1] - begin] if item not in held_out]
+        closed.append(closed[-1] + len(trained))
+        if len(items) < 3:
             continue
-        train_stop.append(end - 2)
         users.append(user)
         validation.append(end - 2)
         test.append(end - 1)
-        items, times = interactions.items[begin:end].tolist(), interactions.timestamps[begin:end].tolist()
-        repeats += not set(items[:-2]).isdisjoint(items[-2:])
+        repeats += not set(trained).isdisjoint(items[-2:])
         ties += times[-3] == times[-2]
         disorder += not max(times[:-2]) <= times[-2] <= times[-1]
-    return Recount(_array(users), _array(validation), _array(test), _array(train_stop), repeats, ties, disorder)
+    return Recount(
+        users=_array(users),
+        validation=_array(validation),
+        test=_array(test),
+        train_stop=_array(train_stop),
+        cold=_array(sorted(held_out)),
+        closed=_array(closed),
+        repeats=repeats,
+        ties=ties,
+        disorder=disorder,
+    )
 
 
 def _array(values: list[int]) -> IntArray:
@@ -76,6 +96,7 @@ class TrainingPairs(NamedTuple):
         """The pairs of the recounted training part."""
         users = np.repeat(np.arange(interactions.num_users), interactions.lengths)  # (N,)
         is_train = np.arange(len(interactions)) < counted.train_stop[users]
+        is_train &= ~np.isin(interactions.items, counted.cold)
         keys = users[is_train] * (interactions.num_items + 1) + interactions.items[is_train]
         return cls(np.unique(keys), interactions.num_items)
 
@@ -87,6 +108,22 @@ class TrainingPairs(NamedTuple):
             max=len(self.keys) - 1
         )  # np.isin would sort again for every batch
         return int((self.keys[place] != asked).sum())
+
+
+class TrainingRows(NamedTuple):
+    """Which item embeddings training may hold."""
+
+    known: frozenset[bytes]
+
+    @classmethod
+    def of(cls, embeddings: Tensor, cold: IntArray) -> "TrainingRows":
+        """The embeddings (I+1, D) of all items but those held out; one that both kinds have is no secret."""
+        warm = np.setdiff1d(np.arange(1, len(embeddings)), cold)
+        return cls(frozenset(row.tobytes() for row in embeddings.numpy()[warm]))
+
+    def strays(self, batch: Tensor) -> int:
+        """Rows of a batch that are none of these embeddings."""
+        return sum(row.tobytes() not in self.known for row in batch.numpy())
 
 
 def scrambled(interactions: Interactions, positions: IntArray, seed: int = 0) -> Interactions:
@@ -138,11 +175,13 @@ def check_split(
 
 def _wrong_rows(stage: Stage, dataset: SequenceDataset, first: IntArray, counted: Recount) -> list[str]:
     """What is wrong with the rows of one stage."""
-    user, own = dataset.user, first[dataset.user]
+    user, closes_up = dataset.user, stage == "train" and len(counted.cold) > 0
+    own = (counted.closed[:-1] if closes_up else first)[user]
     problems = {f"{stage} rows reach into another user": (dataset.first < own) | (dataset.start < own)}
     if stage == "train":
         reach = np.maximum(dataset.stop, dataset.answer_stop)
-        problems["train rows reach a held-out position"] = reach > counted.train_stop[user]
+        end = counted.closed[1:] if closes_up else counted.train_stop
+        problems["train rows reach a held-out position"] = reach > end[user]
     elif stage in ("val", "test"):
         answer = np.full(len(first), -1, dtype=np.int64)
         answer[counted.users] = counted.validation if stage == "val" else counted.test
@@ -174,23 +213,31 @@ def check_scrambling(clean: Iterable[Batch], changed: Iterable[Batch]) -> Check:
 
 
 def check_train_batches(
-    clean: Iterable[Batch], changed: Iterable[Batch], pairs: "TrainingPairs | None", name: str = "training batches"
+    clean: Iterable[Batch],
+    changed: Iterable[Batch],
+    known: TrainingPairs | TrainingRows | None,
+    name: str = "training batches",
 ) -> Check:
     """The training batches of an epoch are the same, whatever the held-out answers are.
 
     Args:
         clean: the batches.
         changed: those of data in which every held-out answer is another item.
-        pairs: who met what in training; None for batches that hold no users.
+        known: who met what in training, for batches of sequences; which embeddings may be learned from, for batches of
+            those; None leaves it unchecked. Items that are held out of training are in neither.
         name: of the check.
     """
     found = compared(clean, changed)
     problems = [f"with other held-out items, {line}" for line in found.differences()]
-    if pairs is not None:
-        # Comparing cannot see data that stay the same because they come from elsewhere.
-        strays = sum(pairs.strays(batch) for batch in clean if isinstance(batch, SequenceBatch))
+    # Comparing cannot see data that stay the same because they come from elsewhere.
+    if isinstance(known, TrainingPairs):
+        strays = sum(known.strays(batch) for batch in clean if isinstance(batch, SequenceBatch))
         if strays:
             problems.append(f"they hold {strays:,} items that are in no training part of their user")
+    elif known is not None:
+        strays = sum(known.strays(batch) for batch in clean if isinstance(batch, Tensor))
+        if strays:
+            problems.append(f"they hold {strays:,} embeddings that are of no item that may be learned from")
     passed = f"{found.batches:,} batches of {found.rows:,} rows do not change with the held-out items"
     return verdict(name, problems, passed, {"batches": found.batches, "rows": found.rows})
 
@@ -230,6 +277,7 @@ def check_item_statistics(
     expected = np.zeros(interactions.num_items + 1, dtype=np.int64)
     for begin, stop in zip(interactions.offsets[:-1], counted.train_stop, strict=True):
         np.add.at(expected, interactions.items[begin:stop], 1)
+    expected[counted.cold] = 0
     problems = []
     if not np.array_equal(counts, expected):
         wrong = int((counts != expected).sum())

@@ -6,7 +6,7 @@ losses and gradients must then be the same to the last bit.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from recsys_lightning.analysis.audit_check import Check, not_checked, verdict
 from recsys_lightning.analysis.audit_data import Batch
 from recsys_lightning.data.catalog import Catalog
-from recsys_lightning.errors import InputError
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
-
-Learner = Recommender | ItemTokenizer
-Build = Callable[[Catalog], Learner]
-State = Mapping[str, Tensor]
+from recsys_lightning.training import checkpoints
+from recsys_lightning.training.checkpoints import Build, Learner, State
 
 SAME_CODES = 0.999  # share of items whose codes must be found again; rounding may move one on the edge of two cells
 
@@ -32,14 +29,7 @@ def load_weights(model: Learner, state: State) -> None:
     Raises:
         InputError: they are the weights of another model.
     """
-    facts = set(_facts(model))
-    try:
-        missing, unexpected = model.load_state_dict({k: v for k, v in state.items() if k not in facts}, strict=False)
-    except RuntimeError as error:  # of another shape
-        missing, unexpected = [], [str(error).splitlines()[-1].strip()]
-    wrong = [*unexpected, *(name for name in missing if name not in facts)]
-    if wrong:
-        raise InputError(f"the checkpoint was made with other model or data settings: {wrong[0]}")
+    checkpoints.load_weights(model, state, keep=_facts(model))
 
 
 def check_catalogue_facts(model: Recommender, state: State) -> Check:

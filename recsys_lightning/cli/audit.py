@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     names = list(takewhile(lambda word: not word.startswith("-"), words))
     if not names:
         raise InputError("audit: name a run folder, before any options; see `recsys audit --help`")
-    folders = [_run_folder(name) for name in names]
+    folders = [run_folder(name) for name in names]
     found = [check for folder in folders for check in _audited(folder, words[len(names) :])]
     if any(check.status == "FAIL" for check in found):
         raise SystemExit(1)
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _audited(folder: Path, options: Sequence[str]) -> list[Check]:
     """Audit one run, printing each check as it is made."""
-    opened = _open(folder, options)
+    opened = open_run(folder, options)
     sys.stdout.write(f"{folder}\n")
     checks: list[Check] = []
     try:
@@ -71,7 +71,12 @@ def _audited(folder: Path, options: Sequence[str]) -> list[Check]:
     return checks
 
 
-def _run_folder(name: str) -> Path:
+def run_folder(name: str) -> Path:
+    """The folder of a run, by its name on the command line.
+
+    Raises:
+        InputError: there is none, or it is no run's.
+    """
     folder = Path(name)
     if not folder.is_dir():
         near = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -81,8 +86,16 @@ def _run_folder(name: str) -> Path:
     return folder
 
 
-def _open(folder: Path, options: Sequence[str] = ()) -> TrainedRun:
-    """What the settings of a run build."""
+def open_run(folder: Path, options: Sequence[str] = ()) -> TrainedRun:
+    """What the settings of a run build.
+
+    Args:
+        folder: that `recsys fit` wrote.
+        options: further words of a command line, such as ``--data.raw_dir DIR``; they win.
+
+    Raises:
+        InputError: the settings or the checkpoint cannot be read.
+    """
     config = folder / "config.yaml"
     # config.yaml of a resumed fit names the checkpoint that it went on from.
     settings = ["-c", str(config), "--run_dir", str(folder), "--ckpt_path", "best", *options]
@@ -116,6 +129,6 @@ def _tokenizer_of(run: TrainedRun) -> tuple[TrainedRun | None, str]:
     if missing:
         return None, f"{folder} holds no {' and no '.join(missing)}"
     try:
-        return _open(folder), ""
+        return open_run(folder), ""
     except InputError as error:
         return None, f"the run in {folder} cannot be opened: {error}"

@@ -22,6 +22,10 @@ def print_statistics(statistics: dict[str, Any]) -> None:
         "interactions a user": "mean {mean:.2f}, median {median:g}, from {min} to {max}".format(**length),
         "train / validation / test": " / ".join(f"{split[name]:,}" for name in ("train", "val", "test")),
     }
+    cold = statistics["cold_items"]
+    if cold["items"]:
+        struck = f"{cold['items']:,}, with {cold['struck_interactions']:,} interactions"
+        rows["items held out of training"] = struck
     rows |= {f"items with {name}": f"{share:.1%}" for name, share in statistics["text_coverage"].items()}
     rows["items without any text"] = f"{statistics['items_without_text']:,}"
     rows |= {f"dropped: {reason}": f"{count:,}" for reason, count in statistics["dropped"].items()}

@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.encoders import TextEncoder
-from recsys_lightning.data.interactions import IntArray, Interactions, Split, leave_one_out
+from recsys_lightning.data.interactions import (
+    IntArray,
+    Interactions,
+    Split,
+    draw_cold,
+    leave_one_out,
+    training_part,
+)
 from recsys_lightning.data.prepared import PreparedData, prepare
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset, Stage
 from recsys_lightning.data.sources import Source
@@ -42,6 +49,11 @@ class CatalogDataModule(L.LightningDataModule):
         k_core: drop users and items with fewer interactions, again and again until none is left; 0 keeps all.
         num_workers: processes that make batches; 0 makes them in the training process, which is enough for most data.
         seed: of the order of training batches, 0 or more; None takes the run's own, ``seed_everything``.
+        cold_items: share of the items that are held out of training, to see how new items fare: no training sequence
+            holds them and no tokenizer learns from them. They stay in the catalogue, in the histories and answers of
+            evaluation, and are given semantic IDs. A text encoder that learns from the texts, `TfidfSVD`, reads theirs.
+        cold_seed: of the draw of these items, 0 or more. With the same share and seed, data modules of either kind
+            over the same data hold out the same items.
     """
 
     def __init__(
@@ -54,15 +66,19 @@ class CatalogDataModule(L.LightningDataModule):
         k_core: int = 5,
         num_workers: int = 0,
         seed: int | None = None,
+        cold_items: float = 0.0,
+        cold_seed: int = 0,
     ):
         super().__init__()
-        for name, value in (("k_core", k_core), ("num_workers", num_workers), ("seed", seed or 0)):
+        counts = {"k_core": k_core, "num_workers": num_workers, "seed": seed or 0, "cold_seed": cold_seed}
+        for name, value in counts.items():
             if value < 0:
                 raise InputError(f"data.{name}={value} must be 0 or more")
         self.source, self.encoder, self.template = source, encoder, template
         self.raw_dir, self.cache_dir = Path(raw_dir).expanduser(), Path(cache_dir).expanduser()
         self.k_core, self.num_workers = k_core, num_workers
         self.seed = seed
+        self.cold_items, self.cold_seed = cold_items, cold_seed
         self._data: PreparedData | None = None
         self._composed: list[str] | None = None
         self._catalog: Catalog | None = None
@@ -83,10 +99,10 @@ class CatalogDataModule(L.LightningDataModule):
             text = find_embeddings(self._texts(), self.encoder, self.cache_dir)
             if text is None:
                 raise InputError(f"no item embeddings in {self.cache_dir}: run `recsys prepare` on this machine first")
-        self._split = leave_one_out(data.interactions)
-        is_train = _inside(data.interactions.offsets[:-1], self._split.train_stop, len(data.interactions))
-        counts = np.bincount(data.interactions.items[is_train], minlength=data.interactions.num_items + 1)
-        self._catalog = Catalog(data.fields, counts.astype(np.int64), text)
+        num_items = data.interactions.num_items
+        cold = draw_cold(num_items, self.cold_items, self.cold_seed)
+        self._split = dataclasses.replace(leave_one_out(data.interactions), cold=cold)
+        self._catalog = Catalog(data.fields, training_part(data.interactions, self._split).counts(num_items), text)
 
     @property
     def data(self) -> PreparedData:
@@ -106,6 +122,11 @@ class CatalogDataModule(L.LightningDataModule):
         """What is training, validation and test; available after `setup`."""
         self.catalog  # noqa: B018 - says what to do if setup has not run
         return self._split
+
+    @property
+    def warm_items(self) -> IntArray:
+        """Ids, ascending, of the items that `cold_items` does not hold out of training; available after `setup`."""
+        return np.setdiff1d(np.arange(1, self.catalog.num_items + 1), self.split.cold)
 
     def with_interactions(self, interactions: Interactions) -> Self:
         """The same data module, set up over other interactions of the same users and items.
@@ -134,10 +155,12 @@ class CatalogDataModule(L.LightningDataModule):
     def statistics(self) -> dict[str, Any]:
         """What `recsys prepare` prints: the data set's figures, its split and its text encoder."""
         validation, test = self.split.sizes
-        text = self.catalog.text
+        train, text = int(self.catalog.train_counts.sum()), self.catalog.text
+        struck = len(self.data.interactions) - train - validation - test
         return {
             **self.data.statistics,
-            "split": {"train": len(self.data.interactions) - validation - test, "val": validation, "test": test},
+            "split": {"train": train, "val": validation, "test": test},
+            "cold_items": {"items": len(self.split.cold), "struck_interactions": struck},
             "text_encoder": text.encoder if text else None,
             "text_width": text.vectors.shape[1] if text else None,
         }
@@ -184,6 +207,8 @@ class SequenceDataModule(CatalogDataModule):
         eval_batch_size: sequences of an evaluation batch on one device.
         num_workers: see `CatalogDataModule`.
         seed: see `CatalogDataModule`.
+        cold_items: see `CatalogDataModule`.
+        cold_seed: see `CatalogDataModule`.
     """
 
     def __init__(
@@ -200,8 +225,11 @@ class SequenceDataModule(CatalogDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int | None = None,
+        cold_items: float = 0.0,
+        cold_seed: int = 0,
     ):
-        super().__init__(source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed)
+        shared = (source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed, cold_items, cold_seed)
+        super().__init__(*shared)
         sizes = {"max_history": max_history, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         for name, value in sizes.items():
             if value < 1:
@@ -232,9 +260,10 @@ class SequenceDataModule(CatalogDataModule):
     def _loader(self, stage: Stage) -> DataLoader[SequenceBatch]:
         dataset = self.dataset(stage)
         if not len(dataset):
-            raise InputError(
-                f"no user has enough interactions for the {stage} split; lower --data.k_core or give more data"
-            )
+            cure = "lower --data.k_core or give more data"
+            if stage == "train" and len(self.split.cold):
+                cure = f"lower --data.cold_items, which holds out {len(self.split.cold):,} items"
+            raise InputError(f"no user has enough interactions for the {stage} split; {cure}")
         size = self.batch_size if stage == "train" else self.eval_batch_size
         return self._batches(dataset, dataset.lengths, size, shuffle=stage == "train")
 
@@ -252,6 +281,8 @@ class ItemDataModule(CatalogDataModule):
         batch_size: items of a batch on one device.
         num_workers: see `CatalogDataModule`.
         seed: see `CatalogDataModule`.
+        cold_items: see `CatalogDataModule`.
+        cold_seed: see `CatalogDataModule`.
     """
 
     def __init__(
@@ -265,24 +296,29 @@ class ItemDataModule(CatalogDataModule):
         batch_size: int = 1024,
         num_workers: int = 0,
         seed: int | None = None,
+        cold_items: float = 0.0,
+        cold_seed: int = 0,
     ):
-        super().__init__(source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed)
+        shared = (source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed, cold_items, cold_seed)
+        super().__init__(*shared)
         if batch_size < 1:
             raise InputError(f"data.batch_size={batch_size} must be at least 1")
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled batches of item embeddings."""
-        return self._loader(shuffle=True)
+        """Shuffled batches of the embeddings of all items that are not held out of training."""
+        return self._loader(self.warm_items, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
+        """The same items, each once: the best checkpoint is chosen without those held out."""
+        return self._loader(self.warm_items, shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
         """Every item once: a tokenizer is judged on the whole catalogue."""
-        return self._loader(shuffle=False)
+        return self._loader(np.arange(1, self.catalog.num_items + 1), shuffle=False)
 
-    test_dataloader = val_dataloader
-
-    def _loader(self, shuffle: bool) -> DataLoader[Tensor]:
-        dataset = _Rows(self.catalog.text_embeddings()[1:])
+    def _loader(self, items: IntArray, shuffle: bool) -> DataLoader[Tensor]:
+        dataset = _Rows(self.catalog.text_embeddings()[torch.from_numpy(items)])
         return self._batches(dataset, np.ones(len(dataset), dtype=np.int64), self.batch_size, shuffle)
 
 
@@ -297,14 +333,6 @@ class _Rows(Dataset[Tensor]):
 
     def __getitem__(self, index: list[int]) -> Tensor:
         return self.rows[torch.as_tensor(index)]
-
-
-def _inside(start: IntArray, stop: IntArray, total: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """(total,) True at the positions of any ``start:stop``."""
-    edges = np.zeros(total + 1, dtype=np.int64)
-    np.add.at(edges, start, 1)
-    np.add.at(edges, stop, -1)
-    return edges.cumsum()[:-1] > 0
 
 
 def _rank() -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from recsys_lightning.data.interactions import IntArray, Interactions, Split
+from recsys_lightning.data.interactions import IntArray, Interactions, Split, training_part
 from recsys_lightning.errors import InputError
 
 Stage = Literal["train", "val", "test", "predict"]
@@ -69,7 +69,8 @@ class SequenceDataset(Dataset[SequenceBatch]):
     Training rows follow C14: one sequence a user, on which every position is learned. A user with more than
     ``max_history + 1`` training items is either cut to the newest ones (``windows="last"``) or split from the newest
     backwards into sequences that overlap by one item (``windows="all"``): each training item of a user but his first is
-    then an answer exactly once, and each but his last stands in exactly one history.
+    then an answer exactly once, and each but his last stands in exactly one history. Items that the split holds out of
+    training are in no training row: a sequence closes up over them.
 
     Args:
         interactions: all interactions.
@@ -89,13 +90,13 @@ class SequenceDataset(Dataset[SequenceBatch]):
     ):
         if max_history < 1:
             raise ValueError(f"max_history={max_history} must be at least 1")
-        self.items = interactions.items
+        self.items, first = interactions.items, interactions.offsets[:-1]
         self.with_seen = stage != "train"
-        first = interactions.offsets[:-1]
         if stage == "train":
+            self.items, first, end = training_part(interactions, split)
             # The answer of a training row is its last item; at least one item must stand before it.
-            user = np.flatnonzero(split.train_stop - first >= 2)
-            stop, answer_stop = split.train_stop[user] - 1, split.train_stop[user]
+            user = np.flatnonzero(end - first >= 2)
+            stop, answer_stop = end[user] - 1, end[user]
             if windows == "all":
                 user, stop = _windows_backwards(user, first[user], stop, max_history)
                 answer_stop = stop + 1

@@ -24,8 +24,9 @@ from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, ItemEncoder
 from recsys_lightning.nn.item_queue import ItemQueue
 from recsys_lightning.nn.transformer import KeyValues, Transformer
-from recsys_lightning.retrieval.beam_fusion import beam_fusion, items_of_beams
+from recsys_lightning.retrieval.beam_fusion import beam_candidates, items_of_beams, rank_fused
 from recsys_lightning.retrieval.beam_search import Beams, beam_search
+from recsys_lightning.retrieval.fusion_weights import FusionWeights, user_features
 from recsys_lightning.retrieval.index import ItemIndex
 from recsys_lightning.retrieval.rank_fusion import reciprocal_rank_fusion
 from recsys_lightning.retrieval.recommendations import Generated, Recommendations
@@ -122,8 +123,8 @@ class CobraObjective:
         temperature: of the cosines in L_dense; the paper prints none, and 1.0 is its literal reading (C4).
         negatives: ``batch`` contrasts with the unique items of the batch, histories and answers alike; ``catalogue``
             with all items of the training split (C6).
-        extra_negatives: items drawn uniformly from the training split's for every batch and added to its own, so that rarely
-            met items are contrasted with too (C6). Literal: 0.
+        extra_negatives: items of the training split drawn uniformly for every batch and added to its own, so that
+            rarely met items are contrasted with too (C6). Literal: 0.
         queue: items of earlier batches, with their vectors as they were, kept as further negatives (C6). Literal: 0.
         mask_same_sequence: other items of a user's own sequence are no negatives for it (C6). Literal: off.
         log_q: correct for popular items being negatives more often, with ``negatives: batch`` (C7). Literal: off.
@@ -179,6 +180,7 @@ class CobraSearch:
         fusion: ``global`` and ``per_id`` are BeamFusion with either domain of the softmax over cosines (C16). Two do
             without it: ``nearest`` takes the items nearest to the dense vector of the best ID, and ``ranks`` merges
             those with the items of the beams by their reciprocal ranks.
+        learned: file of `recsys study learned-fusion` with tau and psi as functions of the user, in place of these.
     """
 
     num_beams: int = 50
@@ -186,6 +188,7 @@ class CobraSearch:
     tau: float = 1.0
     psi: float = 16.0
     omega: float = 0.0
+    learned: str | None = None
     fusion: Literal["global", "per_id", "nearest", "ranks"] = "global"
 
     def __post_init__(self) -> None:
@@ -243,6 +246,8 @@ class COBRA(Recommender):
             raise InputError("objective.early_weight is for tokens.paths=both and tokens.order=cascade")
         if search.omega and not objective.early_weight:
             raise InputError(f"search.omega={search.omega} needs objective.early_weight: nothing is read before the ID")
+        # In a tuple, so that it is no part of the state: a checkpoint does not depend on how it is searched.
+        self.learned = (_learned_weights(search),) if search.learned is not None else ()
         self.tokens, self.decoder_config, self.objective, self.search = tokens, decoder, objective, search
         self.num_items = catalog.num_items
         self.trie: PrefixTrie | None = None
@@ -459,17 +464,21 @@ class COBRA(Recommender):
         search, trie = self.search, self.trie
         generation = _Generation(self, batch, index.table)
         if trie is None:
-            found = index.search_with_ties(generation.dense(), k)
-            return Recommendations(found.item_ids, found.scores)
+            nearest = index.search_with_ties(generation.dense(), k)
+            return Recommendations(nearest.item_ids, nearest.scores)
         beams = generation.beams(search.num_beams)
         if self.layout.dense_slot is None:
             return items_of_beams(beams, trie, k)
         if search.fusion == "global" or search.fusion == "per_id":
-            early = generation.dense() if search.omega else None
-            settings = search.tau, search.psi, search.per_cell, search.fusion, early, search.omega
-            return beam_fusion(beams, trie, index.table, k, *settings)
-        found = index.search_with_ties(beams.hidden[:, 0], k)
-        lists = Recommendations(found.item_ids, found.scores, Generated(beams.leaves, beams.log_probs))
+            found = beam_candidates(beams, trie, index.table, search.per_cell, search.omega)
+            tau: float | Tensor = search.tau
+            psi: float | Tensor = search.psi
+            for weights in self.learned:
+                features = user_features(beams.log_probs, batch.history_mask.sum(1), found)
+                tau, psi = weights.to(features.device)(features)
+            return rank_fused(found, beams, k, tau, psi, search.fusion)
+        nearest = index.search_with_ties(beams.hidden[:, 0], k)
+        lists = Recommendations(nearest.item_ids, nearest.scores, Generated(beams.leaves, beams.log_probs))
         if search.fusion == "nearest":
             return lists
         return reciprocal_rank_fusion([items_of_beams(beams, trie, k), lists], k)
@@ -527,7 +536,8 @@ class _Generation:
                 return new, model._dense(self.state[:, None], new)
             return model.heads[level + 1](new), new
 
-        return beam_search(model.trie, model.heads[0](state), advance, num_beams)
+        beams = beam_search(model.trie, model.heads[0](state), advance, num_beams)
+        return beams._replace(early=self.dense()) if model.objective.early_weight else beams
 
     def _extend(self, token: Tensor, slot: int, parents: Tensor | None) -> Tensor:
         """States (B, M, D) after one more token (B, M, D) each, which stands at `slot` of its item."""
@@ -537,6 +547,16 @@ class _Generation:
             own = [KeyValues(*(part[self.rows[:, None], :, parents].transpose(1, 2) for part in kv)) for kv in own]
         state, self.own = model.decoder.extend(token, self.prefix, self.prefix_mask, own)
         return state
+
+
+def _learned_weights(search: CobraSearch) -> FusionWeights:
+    weights = FusionWeights.load(str(search.learned))
+    if (weights.mode, weights.num_beams) != (search.fusion, search.num_beams):
+        raise InputError(
+            f"search.learned={search.learned} was learned for search.fusion={weights.mode} and "
+            f"search.num_beams={weights.num_beams}, not for {search.fusion} and {search.num_beams}"
+        )
+    return weights.eval().requires_grad_(False)
 
 
 def _refuse_other_codes(model: COBRA, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.mlp import MLP
-from recsys_lightning.nn.transformer import Transformer
+from recsys_lightning.nn.transformer import Dropout, Transformer
 
 CHUNK = 256  # texts read at once
 
@@ -163,7 +163,7 @@ class TextItemEncoder(ItemEncoder):
         self.token_type = nn.Embedding(len(present) + 1, dim)  # 0 is the type of [CLS]
         for table in (self.position, self.token_type):
             nn.init.normal_(table.weight, std=0.02)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.transformer = Transformer(dim, num_layers, num_heads, feedforward or 4 * dim, dropout, "bidirectional")
 
     def forward(self, item_ids: Tensor) -> Tensor:
@@ -179,9 +179,7 @@ class TextItemEncoder(ItemEncoder):
         width = int(self.lengths[item_ids].max())
         tokens, types = self.tokens[item_ids, :width], self.types[item_ids, :width]  # (U, W)
         x = self.widen(self.token(tokens)) + self.position.weight[:width] + self.token_type(types)  # (U, W, D)
-        hidden, _ = self.transformer(self.dropout(x), tokens != 0)
-        vectors: Tensor = hidden[:, 0]  # (U, D) at [CLS]
-        return vectors
+        return self.transformer.first(self.dropout(x), tokens != 0)  # (U, D) at [CLS]
 
     def get_extra_state(self) -> str:
         """The vocabulary travels in the checkpoint, so that the same words keep their embeddings."""

@@ -25,7 +25,6 @@ def beam_fusion(
     psi: float | Tensor = 16.0,
     per_cell: int = 100,
     mode: Literal["global", "per_id"] = "global",
-    early: Tensor | None = None,
     omega: float = 0.0,
 ) -> Recommendations:
     """Rank the items of the beams' cells by beam score and cosine together.
@@ -45,16 +44,13 @@ def beam_fusion(
         psi: weight of the cosine; one number, or one a row (B,).
         per_cell: N of the paper: items kept of each cell; 0 keeps all.
         mode: domain of the second softmax.
-        early: (B, D) a dense vector that was predicted before the ID; ``omega cos(early, a)`` is added to the score.
-            The paper has none.
-        omega: weight of that cosine.
+        omega: ``omega cos(v, a)`` is added to the score, v being the dense vector predicted before the ID. The paper
+            has none.
+
+    Raises:
+        ValueError: omega without such a vector.
     """
-    found = beam_candidates(beams, trie, item_vectors, per_cell)
-    scores = log_scores(found, beams.log_probs, tau, psi, mode)
-    if early is not None:
-        vectors = F.normalize(item_vectors, dim=-1)
-        scores = scores + omega * _cosines(F.normalize(early, dim=-1), vectors, found.row, found.items)
-    return _ranked(found, scores, beams, k)
+    return rank_fused(beam_candidates(beams, trie, item_vectors, per_cell, omega), beams, k, tau, psi, mode)
 
 
 class Candidates(NamedTuple):
@@ -64,18 +60,27 @@ class Candidates(NamedTuple):
     beam: Tensor  # (C,) 0 .. B M - 1: row * M + beam of the row
     items: Tensor  # (C,)
     cosine: Tensor  # (C,) of the item and its beam's dense vector
+    added: Tensor | None = None  # (C,) to the score: omega times the cosine with the vector predicted before the ID
 
 
-def beam_candidates(beams: Beams, trie: PrefixTrie, item_vectors: Tensor, per_cell: int = 100) -> Candidates:
+def beam_candidates(
+    beams: Beams, trie: PrefixTrie, item_vectors: Tensor, per_cell: int = 100, omega: float = 0.0
+) -> Candidates:
     """The items that BeamFusion ranks; none of `tau`, `psi` and `mode` changes them. Arguments as in `beam_fusion`."""
+    if omega and beams.early is None:
+        raise ValueError(f"omega={omega} needs beams with a dense vector predicted before the ID")
     beam, nth, items = _members(beams.leaves, trie)
-    cosine = _cosines(F.normalize(beams.hidden.flatten(0, 1), dim=-1), F.normalize(item_vectors, dim=-1), beam, items)
+    vectors = F.normalize(item_vectors, dim=-1)
+    cosine = _cosines(F.normalize(beams.hidden.flatten(0, 1), dim=-1), vectors, beam, items)
     if 0 < per_cell <= int(nth.max()):
         nearest = cosine.argsort(descending=True, stable=True)
         nearest = nearest[beam[nearest].argsort(stable=True)]  # by beam, nearest first
         nearest = nearest[nth < per_cell]  # cells are contiguous, so nth is also the rank
         beam, items, cosine = beam[nearest], items[nearest], cosine[nearest]
-    return Candidates(beam // beams.leaves.shape[1], beam, items, cosine)
+    row, added = beam // beams.leaves.shape[1], None
+    if omega and beams.early is not None:
+        added = omega * _cosines(F.normalize(beams.early, dim=-1), vectors, row, items)
+    return Candidates(row, beam, items, cosine, added)
 
 
 def log_scores(
@@ -100,7 +105,8 @@ def log_scores(
     domain, num_domains = (found.row, num_rows) if mode == "global" else (found.beam, num_rows * num_beams)
     log_near = near - segment_logsumexp(near, domain, num_domains)[domain]
     log_beam = (tau[:, None] * log_probs.float()).log_softmax(1).flatten()  # (B M,)
-    return log_beam[found.beam] + log_near
+    scores = log_beam[found.beam] + log_near
+    return scores if found.added is None else scores + found.added
 
 
 def rank_fused(
@@ -112,11 +118,7 @@ def rank_fused(
     mode: Literal["global", "per_id"] = "global",
 ) -> Recommendations:
     """What `beam_fusion` returns, of candidates that are known already. Arguments as there."""
-    return _ranked(found, log_scores(found, beams.log_probs, tau, psi, mode), beams, k)
-
-
-def _ranked(found: Candidates, scores: Tensor, beams: Beams, k: int) -> Recommendations:
-    """The k best of candidates with scores (C,)."""
+    scores = log_scores(found, beams.log_probs, tau, psi, mode)
     ids, padded = _by_row(found.items, scores, found.row, len(beams.leaves))
     return rank_candidates(ids, padded, k)._replace(generated=Generated(beams.leaves, beams.log_probs))
 

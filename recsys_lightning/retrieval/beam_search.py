@@ -20,6 +20,7 @@ class Beams(NamedTuple):
     leaves: Tensor  # (B, M) leaf (occupied cell) of the trie
     log_probs: Tensor  # (B, M) sum over levels of log P(code | codes before it, history)
     hidden: Tensor  # (B, M, D) what `advance` returned for the last code
+    early: Tensor | None = None  # (B, D) the dense vector predicted before the ID, of models that learn one
 
 
 def beam_search(trie: PrefixTrie, logits: Tensor, advance: Advance, num_beams: int) -> Beams:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
+from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.semantic_ids.table import CollisionReport, SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
 from recsys_lightning.training.objective import log_losses
@@ -29,6 +31,9 @@ class TokenizerModule(L.LightningModule):
     After each validation the whole catalogue is tokenized and judged: ``val/loss`` (sum of the tokenizer's losses),
     ``val/collision_rate``, ``val/cells``, and for each level ``val/perplexity@l``, ``val/entropy@l`` (share of log K)
     and ``val/dead_codes@l``. The file is written at the end of `fit`, from the best checkpoint where there is one.
+
+    Items that the data hold out of training (``data.cold_items``) are neither fitted on nor part of a validation, so
+    that they choose no checkpoint either; the file and ``test/...`` are of the whole catalogue.
 
     Args:
         tokenizer: makes the tokenizer from the width of the embeddings, e.g. `RQVAE` or `ResidualKMeans`.
@@ -63,8 +68,17 @@ class TokenizerModule(L.LightningModule):
         return self.tokenizer
 
     @property
+    def _data(self) -> CatalogDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined,no-any-return]
+
+    @property
     def _catalog(self) -> Catalog:
-        return self.trainer.datamodule.catalog  # type: ignore[attr-defined,no-any-return]
+        return self._data.catalog
+
+    @property
+    def _warm_items(self) -> Tensor:
+        """Ids of the items that may be learned from."""
+        return torch.from_numpy(self._data.warm_items)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule over all trainable parameters."""
@@ -74,14 +88,14 @@ class TokenizerModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Learn in closed form what can be, unless a checkpoint brought it."""
         if not self.built.fitted:
-            self.built.fit(self._catalog.text_embeddings()[1:].to(self.device))
+            self.built.fit(self._catalog.text_embeddings()[self._warm_items].to(self.device))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
         return log_losses(self, self.built.losses(batch), len(batch))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the losses on a part of the catalogue."""
+        """Log the losses on a part of the items that may be learned from."""
         self._log_losses(batch, "val")
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -89,12 +103,14 @@ class TokenizerModule(L.LightningModule):
         self._log_losses(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Tokenize the whole catalogue and log how its codes are used."""
-        self._log_usage("val")
+        """Tokenize the items that may be learned from and log how their codes are used."""
+        table = self.semantic_ids()
+        rows = F.pad(self._warm_items, (1, 0))  # the padding row first
+        self._log_usage(replace(table, codes=table.codes[rows]), "val")
 
     def on_test_epoch_end(self) -> None:
         """Tokenize the whole catalogue and log how its codes are used."""
-        self._log_usage("test")
+        self._log_usage(self.semantic_ids(), "test")
 
     def on_fit_end(self) -> None:
         """Write the semantic IDs, from the best checkpoint where there is one."""
@@ -124,8 +140,8 @@ class TokenizerModule(L.LightningModule):
         values = {f"{stage}/{name}": value for name, value in losses.items()}
         self.log_dict(values, batch_size=len(batch), sync_dist=True)
 
-    def _log_usage(self, stage: str) -> None:
-        report = self.semantic_ids().collision_report()
+    def _log_usage(self, table: SemanticIds, stage: str) -> None:
+        report = table.collision_report()
         values: dict[str, float] = {
             "collision_rate": report.collision_rate,
             "cells": report.num_cells,

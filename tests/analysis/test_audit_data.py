@@ -11,6 +11,7 @@ import torch
 from recsys_lightning.analysis.audit_data import (
     Recount,
     TrainingPairs,
+    TrainingRows,
     check_evaluation,
     check_item_statistics,
     check_scrambling,
@@ -47,6 +48,18 @@ def test_the_recount_is_leave_one_out_by_hand(small):
     assert counted.test.tolist() == [4, 8, 13]
     assert counted.train_stop.tolist() == [2, 3, 7, 12]
     assert (counted.repeats, counted.ties, counted.disorder) == (1, 1, 0)
+
+
+def test_the_recount_strikes_cold_items_from_training_and_from_nothing_else(small):
+    counted, plainly = recount(small, np.array([1, 6, 9])), recount(small)
+    assert counted.cold.tolist() == [1, 6, 9]
+    assert counted.closed.tolist() == [0, 1, 2, 3, 5], (
+        "user 0 keeps item 2, user 1 item 3, user 2 item 7, user 3 2 and 3"
+    )
+    assert plainly.closed.tolist() == [0, 2, 3, 5, 8]
+    for name in ("users", "validation", "test", "train_stop"):
+        assert getattr(counted, name).tolist() == getattr(plainly, name).tolist()
+    assert (counted.repeats, plainly.repeats) == (0, 1), "item 6, which user 2 meets again, is in no training"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +103,7 @@ class Worlds:
         self.data.prepare_data()
         self.data.setup()
         self.interactions = self.data.data.interactions
-        self.counted = recount(self.interactions)
+        self.counted = recount(self.interactions, self.data.split.cold)
         answers = np.concatenate([self.counted.validation, self.counted.test])
         self.both = self.data.with_interactions(scrambled(self.interactions, answers))
         self.test = self.data.with_interactions(scrambled(self.interactions, self.counted.test, 1))
@@ -139,7 +152,19 @@ def leaky(change) -> type:
     return LeakyModule
 
 
-@pytest.mark.parametrize("settings", [{}, {"windows": "all", "max_history": 3}, {"max_history": 2}])
+COLD = {"cold_items": 0.2}  # 4 of 20
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"windows": "all", "max_history": 3},
+        {"max_history": 2},
+        COLD,
+        {"cold_items": 0.6, "windows": "all", "max_history": 3},
+    ],
+)
 def test_what_the_project_builds_passes_every_check(cache, settings):
     worlds = Worlds(cache, **settings)
     checks = [worlds.split(), worlds.train_batches(), worlds.evaluation(), worlds.scrambling()]
@@ -159,10 +184,16 @@ def test_what_the_project_builds_passes_every_check(cache, settings):
     assert checks[3].figures == {"answers": 2 * evaluated, "unchanged": 0}
 
 
-def test_item_data_passes_too(cache):
-    worlds = Worlds(cache / "items", Items, encoder=TfidfSVD(dim=4))
-    check = check_train_batches(worlds.data.train_dataloader(), worlds.both.train_dataloader(), None)
-    assert (check.status, check.figures) == ("pass", {"batches": 2, "rows": 20})
+def item_batches(worlds, cold):
+    known = TrainingRows.of(worlds.data.catalog.text_embeddings(), cold)
+    return check_train_batches(worlds.data.train_dataloader(), worlds.both.train_dataloader(), known)
+
+
+@pytest.mark.parametrize(("settings", "rows"), [({}, 20), (COLD, 16)])
+def test_item_data_passes_too(cache, settings, rows):
+    worlds = Worlds(cache / "items", Items, encoder=TfidfSVD(dim=4), **settings)
+    check = item_batches(worlds, worlds.data.split.cold)
+    assert (check.status, check.figures) == ("pass", {"batches": -(-rows // 16), "rows": rows})
     assert worlds.evaluation().status == "pass"
     assert check_split(worlds.interactions, worlds.counted, worlds.data.split, {}).status == "pass"
 
@@ -331,6 +362,61 @@ def test_strays_are_counted_by_user():
         seen=torch.tensor([[3, 4, 5], [1, 8, 0]]),  # two held out, one of the other user; two strays more
     )
     assert pairs.strays(batch) == 5
+
+
+# ------------------------------------------------------------------------------------------------------- cold items
+
+
+class TrainsOnCold(SequenceDataModule):
+    """Forgets, where it makes training rows, that items are held out."""
+
+    def dataset(self, stage):
+        return SequenceDataset(
+            self.data.interactions, leave_one_out(self.data.interactions), stage, self.max_history, self.windows
+        )
+
+
+def test_a_cold_item_in_a_training_batch_is_found(cache):
+    worlds = Worlds(cache, TrainsOnCold, **COLD)
+    dataset = worlds.data.dataset("train")
+    batch = dataset[np.arange(len(dataset))]
+    leaked = int(np.isin(batch.sequence.numpy(), worlds.data.split.cold).sum())
+    check = worlds.train_batches()
+    assert leaked > 0
+    assert (check.status, check.detail) == (
+        "FAIL",
+        f"they hold {leaked} items that are in no training part of their user",
+    )
+    assert worlds.split().status == "FAIL", "rows that did not close up reach further than they may"
+
+
+def test_counts_of_cold_items_are_found(cache):
+    worlds = Worlds(cache, **COLD)
+    assert len(worlds.counted.cold) == 4
+    counts = worlds.data.catalog.train_counts
+    assert check_item_statistics(worlds.interactions, worlds.counted, counts, counts).status == "pass"
+    told = counts.copy()
+    told[worlds.counted.cold[0]] = 1
+    check = check_item_statistics(worlds.interactions, worlds.counted, told, told)
+    assert check.status == "FAIL"
+    assert check.detail.startswith("1 item counts are not those of training")
+
+
+def test_a_tokenizer_that_learns_from_cold_items_is_found(cache):
+    cold = Worlds(cache / "items", Items, encoder=TfidfSVD(dim=4), **COLD).data.split.cold
+    plainly = Worlds(cache / "items", Items, encoder=TfidfSVD(dim=4))  # as if its settings held out nothing
+    check = item_batches(plainly, cold)
+    assert (check.status, check.detail) == (
+        "FAIL",
+        "they hold 4 embeddings that are of no item that may be learned from",
+    )
+
+
+def test_an_embedding_that_a_cold_item_shares_with_another_is_no_leak():
+    embeddings = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+    known = TrainingRows.of(embeddings, np.array([2, 3]))
+    assert known.strays(embeddings[[1, 2]]) == 0
+    assert known.strays(embeddings[[0, 1, 3]]) == 2, "padding is no item, and item 3 is held out"
 
 
 # -------------------------------------------------------------------------------------------------- item statistics

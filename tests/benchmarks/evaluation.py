@@ -30,6 +30,7 @@ from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.retrieval.index import ItemIndex
 from recsys_lightning.retrieval.recommendations import Recommendations
 from recsys_lightning.semantic_ids.trie import PrefixTrie
+from recsys_lightning.training.checkpoints import trained_model
 from recsys_lightning.training.evaluation import EvaluationSettings, Evaluator
 from recsys_lightning.training.record import code_fingerprint
 
@@ -108,10 +109,7 @@ def cobra_profile(folder: Path, beams: int, options: list[str]) -> tuple[list[li
     data = cli.datamodule
     data.prepare_data()
     data.setup()
-    model = cli.model.build_model(data.catalog)
-    state = torch.load(cli.config[cli.subcommand].ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({name.removeprefix("recommender."): tensor for name, tensor in state.items()})
-    model.eval()
+    model = trained_model(cli.model, data.catalog, Path(cli.config[cli.subcommand].ckpt_path))
     settings, loader = cli.model.evaluation, data.test_dataloader()
     evaluator = Evaluator(settings, data.catalog, data.data.interactions.lengths, model.prefix_trie)
     profile = cProfile.Profile()

@@ -20,6 +20,7 @@ from recsys_lightning.data.sources import Amazon2014, Synthetic
 from recsys_lightning.errors import InputError
 from recsys_lightning.metrics.ranking import ranking_metrics
 from recsys_lightning.metrics.ranks import rank_targets
+from recsys_lightning.metrics.slices import item_slices
 from recsys_lightning.models.popularity import Popularity
 
 STAGES = ("train", "val", "test", "predict")
@@ -243,10 +244,11 @@ def test_statistics_are_json_and_add_up(cache):
     assert statistics.keys() == {
         *("users", "items", "interactions", "density", "length", "text_coverage"),
         *("items_without_text", "dropped", "rejects"),
-        *("split", "text_encoder", "text_width"),
+        *("split", "cold_items", "text_encoder", "text_width"),
     }
     assert sum(statistics["split"].values()) == statistics["interactions"]
     assert statistics["split"]["test"] == sum(module.data.interactions.lengths >= 3)
+    assert statistics["cold_items"] == {"items": 0, "struck_interactions": 0}
     assert (statistics["text_encoder"], statistics["text_width"]) == (TfidfSVD(dim=4).identity, 4)
     assert ready(cache).statistics()["text_encoder"] is None
 
@@ -268,7 +270,7 @@ def test_data_before_setup_says_what_to_call(name):
     ("kind", "name", "value", "limit"),
     [
         *((SequenceDataModule, name, 0, 1) for name in ("max_history", "batch_size", "eval_batch_size")),
-        *((SequenceDataModule, name, -1, 0) for name in ("k_core", "num_workers", "seed")),
+        *((SequenceDataModule, name, -1, 0) for name in ("k_core", "num_workers", "seed", "cold_seed")),
         (ItemDataModule, "batch_size", 0, 1),
     ],
 )
@@ -293,6 +295,92 @@ def test_short_names_of_sources_and_encoders_are_known_to_the_command_line():
     assert data.init_args.source.class_path == "recsys_lightning.data.sources.Synthetic"
     assert data.init_args.encoder.class_path == "recsys_lightning.data.encoders.TfidfSVD"
     assert data.init_args.encoder.init_args.dim == 7
+
+
+# ---------------------------------------------------------------------------------------------------- cold items
+
+COLD = {"cold_items": 0.25, "cold_seed": 3}  # 12 of 48 items
+
+
+def items_of(batch: SequenceBatch) -> set[int]:
+    return set(torch.cat([batch.history, batch.target, batch.seen], 1).flatten().tolist()) - {0}
+
+
+def test_both_kinds_of_data_module_hold_out_the_same_items_and_another_seed_holds_out_others(cache):
+    sequences, items = ready(cache, **COLD), ready(cache, ItemDataModule, **COLD)
+    cold = sequences.split.cold.tolist()
+    assert len(cold) == 12
+    assert items.split.cold.tolist() == cold
+    assert sorted([*cold, *sequences.warm_items.tolist()]) == list(range(1, 49))
+    assert ready(cache, cold_items=0.25, cold_seed=4).split.cold.tolist() != cold
+    assert sequences.with_interactions(reversed_items(sequences)).split.cold.tolist() == cold
+    assert ready(cache, **COLD, seed=9).split.cold.tolist() == cold, "the seed of the run has no part in it"
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+def test_cold_items_are_in_no_training_batch_and_in_evaluation_as_ever(cache, windows):
+    settings = {"windows": windows, "max_history": 4, "batch_size": 16}
+    module, plainly = ready(cache, **COLD, **settings), ready(cache, **settings)
+    cold = set(module.split.cold.tolist())
+    assert not cold & set().union(*map(items_of, module.train_dataloader()))
+    assert cold & set().union(*map(items_of, plainly.train_dataloader()))
+    for stage in ("val", "test", "predict"):
+        both = [[plain(batch) for batch in loader_of(data, stage)] for data in (module, plainly)]
+        assert both[0] == both[1]
+    assert cold & {item for batch in module.test_dataloader() for item in batch.target.flatten().tolist()}
+    assert cold <= {item for batch in module.predict_dataloader() for item in items_of(batch)}
+
+
+def test_cold_items_have_no_training_count_and_the_others_have_theirs(cache):
+    module, plainly = ready(cache, **COLD), ready(cache)
+    counts = plainly.catalog.train_counts.copy()
+    struck = int(counts[module.split.cold].sum())
+    counts[module.split.cold] = 0
+    assert struck > 0
+    assert module.catalog.train_counts.tolist() == counts.tolist()
+    assert module.catalog.num_items == 48
+    statistics = module.statistics()
+    assert statistics["cold_items"] == {"items": 12, "struck_interactions": struck}
+    assert statistics["split"]["train"] == counts.sum()
+    assert sum(statistics["split"].values()) + struck == statistics["interactions"]
+
+
+def test_cold_items_are_answered_in_the_slice_of_items_never_met(cache):
+    module = ready(cache, **COLD)
+    mask = item_slices(torch.as_tensor(module.catalog.train_counts))["cold-item"]
+    assert set(module.split.cold.tolist()) <= set(mask.nonzero().flatten().tolist())
+
+
+def test_a_tokenizer_learns_from_and_is_chosen_on_the_other_items_and_tested_on_all(cache):
+    module = ready(cache, ItemDataModule, encoder=TfidfSVD(dim=4), batch_size=10, **COLD)
+    vectors = module.catalog.text_embeddings()
+    warm = Counter(tuple(row) for row in vectors[torch.from_numpy(module.warm_items)].tolist())
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        assert Counter(tuple(row) for batch in loader for row in batch.tolist()) == warm
+    assert torch.equal(torch.cat(list(module.test_dataloader())), vectors[1:])
+
+
+@pytest.mark.parametrize("kind", [SequenceDataModule, ItemDataModule])
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (-0.1, r"data\.cold_items=-0\.1 must be a share of the items, from 0 to less than 1"),
+        (1.0, r"data\.cold_items=1\.0 must be a share"),
+        (float("nan"), r"data\.cold_items=nan must be a share"),
+        (0.01, r"data\.cold_items=0\.01 of 48 items is not even one; raise it"),
+        (0.995, r"data\.cold_items=0\.995 of 48 items leaves none to train on; lower it"),
+    ],
+)
+def test_a_senseless_share_of_cold_items_is_one_clear_line(cache, kind, share, message):
+    with pytest.raises(InputError, match=message):
+        ready(cache, kind, cold_items=share)
+
+
+def test_so_many_cold_items_that_no_training_row_is_left_are_refused(cache):
+    module = ready(cache, cold_items=0.97)
+    with pytest.raises(InputError, match=r"for the train split; lower --data\.cold_items, which holds out 47 items"):
+        module.train_dataloader()
+    assert len(list(module.test_dataloader())) > 0
 
 
 # ---------------------------------------------------------------------------------------------- other interactions
@@ -373,6 +461,18 @@ def test_popularity_has_its_known_recall_on_beauty(beauty, stage, by_id, expecte
     assert metrics["recall@5"].num_users == 22_363
     assert round(found / 22_363, 4) == by_id
     assert round(float(metrics.compute()["recall@5"]), 4) == expected
+
+
+@pytest.mark.real_data
+def test_cold_items_of_beauty_leave_its_answers_as_they_are(beauty):
+    cold = SequenceDataModule(
+        beauty.source, raw_dir=str(beauty.raw_dir), cache_dir=str(beauty.cache_dir), cold_items=0.05
+    )
+    cold.setup()
+    statistics = cold.statistics()
+    assert statistics["cold_items"] == {"items": 605, "struck_interactions": 8_068}
+    assert statistics["split"] == {"train": 145_708, "val": 22_363, "test": 22_363}
+    assert len(cold.dataset("train")) == 22_285
 
 
 @pytest.mark.real_data

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from recsys_lightning.data.interactions import Interactions, leave_one_out
+from recsys_lightning.data.interactions import Interactions, Split, leave_one_out
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset
 from recsys_lightning.errors import InputError
 
@@ -111,6 +112,33 @@ def test_a_test_answer_is_in_no_history_before_it():
         batch = dataset_of(stage)[np.arange(8)]
         assert not (batch.history == batch.target).any()
         assert not (batch.seen == batch.target).any()
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+@pytest.mark.parametrize("max_history", [1, 4, 100])
+def test_training_rows_close_up_over_cold_items_and_no_other_row_does(max_history, windows):
+    interactions = interactions_of(LENGTHS)
+    cold = interactions.items[[1, 4, 20, 21, 24, 40, *range(50, 60), 68, 76]]  # some are answers of evaluation
+    split = leave_one_out(interactions)
+    without = replace(split, cold=np.sort(cold))
+    # As if those interactions had never been: users that keep none are left out, as Interactions has no empty ones.
+    kept = [
+        [item for item in (items[:-2] if len(items) >= 3 else items) if item not in cold] for _, items in users_items()
+    ]
+    left = [items for items in kept if items]
+    offsets = np.cumsum([0, *map(len, left)])
+    closed = Interactions(offsets, np.concatenate(left), np.zeros(offsets[-1], dtype=np.int64), interactions.num_items)
+    expected = SequenceDataset(closed, Split(*[offsets[1:]] * 3), "train", max_history, windows)
+    rows = SequenceDataset(interactions, without, "train", max_history, windows)
+    batch, wanted = rows[np.arange(len(rows))], expected[np.arange(len(expected))]
+    assert batch.sequence.tolist() == wanted.sequence.tolist()
+    users = np.array([user for user, items in enumerate(kept) if items])
+    assert batch.user.tolist() == users[wanted.user.numpy()].tolist()
+    assert rows.lengths.tolist() == expected.lengths.tolist()
+    for stage in ("val", "test", "predict"):
+        fingerprints = {SequenceDataset(interactions, s, stage, max_history).fingerprint() for s in (split, without)}
+        assert len(fingerprints) == 1
+    assert rows.fingerprint() != SequenceDataset(interactions, split, "train", max_history, windows).fingerprint()
 
 
 @pytest.mark.parametrize("max_history", [1, 2, 4, 5, 100])

@@ -86,9 +86,7 @@ def process(number, world, folder):
         for found, wanted in ((terms, expected["terms"]), (grads, expected["grads"])):
             assert found.keys() == wanted.keys()
             for key in found:
-                torch.testing.assert_close(
-                    found[key], wanted[key], atol=1e-6, rtol=1e-4, msg=lambda m: f"{name} {key}: {m}"
-                )
+                assert torch.allclose(found[key], wanted[key], atol=1e-6, rtol=1e-4), f"{name}: {key}"
     dist.destroy_process_group()
 
 

@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from recsys_lightning.errors import InputError
 from recsys_lightning.models.cobra import COBRA, CobraDecoder, CobraObjective, CobraSearch, CobraTokens
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, IdItemEncoder
+from recsys_lightning.retrieval.beam_fusion import beam_candidates
+from recsys_lightning.retrieval.fusion_weights import FusionWeights, user_features
 from recsys_lightning.retrieval.recommendations import Recommendations
 
 HISTORIES = [3, 7, 9, 20], [11, 12], [5, 6, 7, 8, 30, 31]
 TARGETS = [4, 13, 9]
 BEFORE, SELF = -1, 0
 
-# Tokens of an item ("c0", "c1", "c2", their sum "c", the dense vector "v"), and for each prediction the token after which
-# it is read: of the item before, or of the item itself.
+# Tokens of an item ("c0", "c1", "c2", their sum "c", the dense vector "v"), and for each prediction the token after
+# which it is read: of the item before, or of the item itself.
 VARIANTS = {
     "cascade": ({}, "c0 c1 c2 v", [(BEFORE, "v"), (SELF, "c0"), (SELF, "c1")], (SELF, "c2")),
     "parallel": ({"order": "parallel"}, "c0 c1 c2 v", [(BEFORE, "v"), (SELF, "c0"), (SELF, "c1")], (BEFORE, "v")),
@@ -152,6 +154,31 @@ def test_omega_adds_the_cosine_with_the_early_vector(build, batch_of, fusion):
         query = read(with_early, "cascade", history)[len(history) - 1, "v"]
         expected = 3.0 * F.cosine_similarity(query[None], index.table[1:])
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_learned_weights_give_each_user_his_own_tau_and_psi(build, batch_of, tmp_path):
+    torch.manual_seed(3)
+    weights = FusionWeights(0.9, 8.0, "global", num_beams=6)
+    torch.nn.init.normal_(weights.mlp[-1].weight)
+    weights.save(tmp_path / "weights.safetensors")
+    search = {"num_beams": 6, "per_cell": 0}
+    learned = build("cascade", search | {"learned": str(tmp_path / "weights.safetensors")})
+    assert learned.state_dict().keys() == build("cascade", search).state_dict().keys()
+    batch, index = batch_of(*HISTORIES), learned.build_index()
+    found = learned.recommend(batch, 10, index)
+    beams = learned.generate(batch, index.table, 6)
+    candidates = beam_candidates(beams, learned.trie, index.table, 0)
+    tau, psi = weights(user_features(beams.log_probs, torch.tensor([len(h) for h in HISTORIES]), candidates))
+    for row in range(len(HISTORIES)):
+        fixed = build("cascade", search | {"tau": tau[row].item(), "psi": psi[row].item()})
+        alone = fixed.recommend(batch_of(HISTORIES[row]), 10, index)
+        torch.testing.assert_close(found.scores[row, :10], alone.scores[0, :10], atol=1e-4, rtol=1e-4)
+
+
+def test_learned_weights_of_another_search_are_refused(build, tmp_path):
+    FusionWeights(1.0, 8.0, "per_id", num_beams=6).save(tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"search.fusion=per_id and search.num_beams=6, not for global and"):
+        build("cascade", {"num_beams": 6, "learned": str(tmp_path / "w.safetensors")})
 
 
 @pytest.mark.parametrize("name", ["IDs alone", "IDs alone, sum"])

@@ -1,6 +1,9 @@
 """TokenizerModule: every tokenizer is fitted by one mechanism and leaves the table it promises."""
 
+import dataclasses
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -74,6 +77,35 @@ def test_the_whole_catalogue_is_judged(data, tmp_path):
         assert float(logged[f"val/perplexity@{level}"]) == pytest.approx(report.perplexity[level - 1], rel=1e-5)
         assert float(logged[f"val/entropy@{level}"]) == pytest.approx(report.entropy_share[level - 1], rel=1e-5)
         assert float(logged[f"val/dead_codes@{level}"]) == 6 - report.used_codes[level - 1]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_cold_items_teach_nothing_and_get_semantic_ids(data, tmp_path, name):
+    """The embeddings of the items held out may be anything: what is learned, logged and chosen stays the same."""
+    data.cold_items, data.cold_seed = 0.25, 1
+    data.prepare_data()
+    data.setup()
+    cold, text = torch.from_numpy(data.split.cold), data.catalog.text
+    assert len(cold) == 12
+    outcomes = []
+    for shift in (0.0, 5.0):
+        vectors = np.array(text.vectors)
+        vectors[data.split.cold] += shift
+        data._catalog = dataclasses.replace(data.catalog, text=dataclasses.replace(text, vectors=vectors))
+        torch.manual_seed(0)
+        folder = tmp_path / str(shift)
+        run = fit(TokenizerModule(TOKENIZERS[name]), data, folder)
+        weights = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+        codes = SemanticIds.load(folder / FILE_NAME, num_items=48).codes
+        outcomes.append((weights, dict(run.callback_metrics), codes))
+    (weights, logged, codes), (other_weights, other_logged, other_codes) = outcomes
+    for key, value in weights.items():
+        assert torch.equal(value, other_weights[key]), key
+    assert logged.keys() == other_logged.keys()
+    assert all(torch.equal(value, other_logged[key]) for key, value in logged.items())
+    warm = torch.from_numpy(data.warm_items)
+    assert torch.equal(codes[warm], other_codes[warm])
+    assert not torch.equal(codes[cold], other_codes[cold]), "they are given the IDs that their texts ask for"
 
 
 def test_a_resumed_fit_does_not_start_its_codebooks_anew(data, tmp_path, monkeypatch):

@@ -1,0 +1,157 @@
+"""`recsys study` from end to end, on runs that were just trained."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recsys_lightning.retrieval.fusion_weights import FusionWeights
+
+SMALL = ["--beams", 2, 4, "--taus", 0.5, 1.0, "--psis", 8, "--k", 5]
+
+
+@pytest.fixture(scope="session")
+def runs(trained_once, tmp_path_factory) -> Path:
+    """A folder with a trained COBRA, its tokenizer, a COBRA without IDs and a popularity run."""
+    from recsys_lightning.cli import main
+
+    folder = tmp_path_factory.mktemp("studied")
+    config = yaml.safe_load((trained_once / "cobra.yaml").read_text())
+    dense = {"class_path": "COBRA", "init_args": {"dim": 16, "tokens": {"paths": "dense"}}}
+    dense["init_args"]["decoder"] = {"num_layers": 1, "num_heads": 2}
+    for name, model in (("dense", dense), ("popularity", {"class_path": "Popularity"})):
+        config["model"]["init_args"]["model"] = model
+        config["run_dir"] = str(folder / name)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        assert main(["fit", "-c", str(folder / f"{name}.yaml")]) == 0
+    for name in ("cobra", "rqvae"):
+        shutil.copytree(trained_once / name, folder / name)
+    return folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def check_report(path: Path, *pictures: str) -> str:
+    """What every report holds, and what none may."""
+    text = path.read_text()
+    for name in pictures:
+        assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+    for wanted in ("Written by `recsys study ", "| run | checkpoint |", "best.ckpt", "| code |", "| seconds |"):
+        assert wanted in text
+    assert str(path.parents[1]) not in text, "no absolute paths"
+    return text
+
+
+def test_fusion_writes_every_setting_and_the_best(runs, recsys, tmp_path, monkeypatch):
+    output = tmp_path / "deep" / "fusion.md"
+    done = recsys("study", "fusion", runs / "cobra", *SMALL, "--output", output)
+    assert done.status == 0, done.err
+    assert sorted(path.name for path in output.parent.iterdir()) == ["fusion.csv", "fusion.md", "fusion.png"]
+    assert "60 of 60 users of the val split" in check_report(output, "fusion.png")
+    rows = table(output.with_suffix(".csv"))
+    # 2 modes, 2 M and 2 tau, and the run's own: M = 4, tau 1, psi 16.
+    assert len(rows) == 2 * 2 * 2 + 1
+    assert [(row["beams"], row["tau"], row["psi"]) for row in rows if row["own"] == "true"] == [("4", "1.0", "16.0")]
+    assert "the run's own" in done.out
+
+    monkeypatch.chdir(runs)
+    options = ["--stage", "test", "--users", 20, "--seed", 3, "--k", 7, "--data.eval_batch_size", 7]
+    again = tmp_path / "again.md"
+    done = recsys("study", "fusion", "cobra", *SMALL[:-2], *options, "--output", again)
+    assert done.status == 0, done.err
+    text = check_report(again, "again.png")
+    assert "20 of 60 users of the test split" in text
+    assert "`recsys study fusion cobra " in text
+    assert "diversity@7" in table(again.with_suffix(".csv"))[0]
+
+
+def test_batches_do_not_change_what_is_measured(runs, recsys, tmp_path):
+    for size in (7, 256):
+        words = ["--data.eval_batch_size", size, "--output", tmp_path / f"{size}.md"]
+        assert recsys("study", "fusion", runs / "cobra", *SMALL, *words).status == 0
+    for one, other in zip(table(tmp_path / "7.csv"), table(tmp_path / "256.csv"), strict=True):
+        assert one == other
+
+
+def test_cosines_of_runs_with_and_without_ids(runs, recsys, tmp_path):
+    output = tmp_path / "cosines.md"
+    done = recsys("study", "cosines", runs / "cobra", runs / "dense", "--output", output)
+    assert done.status == 0, done.err
+    check_report(output, "cosines-heat.png", "cosines-tsne.png")
+    rows = table(output.with_suffix(".csv"))
+    assert [row["prefix"] for row in rows] == ["1", "2"] * 2
+    assert len({row["semantic_ids"] for row in rows}) == 1
+    named = tmp_path / "named.md"
+    ids = runs / "rqvae" / "semantic_ids.safetensors"
+    assert recsys("study", "cosines", runs / "dense", "--semantic_ids", ids, "--output", named).status == 0
+    assert [row["within"] for row in table(named.with_suffix(".csv"))] == [row["within"] for row in rows[2:]]
+
+
+def test_learned_fusion_leaves_weights_that_can_be_opened(runs, recsys, tmp_path):
+    output = tmp_path / "learned.md"
+    small = ["--epochs", 2, "--hidden", 3, "--resamples", 100, "--lr", 0.02]
+    done = recsys("study", "learned-fusion", runs / "cobra", *small, "--output", output)
+    assert done.status == 0, done.err
+    text = check_report(output, "learned.png")
+    weights = FusionWeights.load(output.with_suffix(".safetensors"))
+    assert (weights.mode, weights.num_beams, weights.hidden) == ("global", 4, 3)
+    assert weights.start.tolist() == [1.0, 16.0]
+    rows = table(output.with_suffix(".csv"))
+    assert len(rows) == 2 * 4
+    assert "Adam, lr 0.02, hidden 3, seed 0" in text
+    assert "of 2, by the loss on the 10% of the users held out" in text
+
+    small += ["--mode", "per_id", "--users", 25]
+    assert recsys("study", "learned-fusion", runs / "cobra", *small, "--output", output).status == 0
+    assert FusionWeights.load(output.with_suffix(".safetensors")).mode == "per_id"
+    assert "train 25 of 60; val 25 of 60; test 25 of 60" in output.read_text()
+
+
+def test_another_checkpoint_can_be_named(runs, recsys, tmp_path):
+    output = tmp_path / "last.md"
+    words = ["--ckpt_path", "last", "--users", 10, "--output", output]
+    assert recsys("study", "fusion", runs / "cobra", *SMALL, *words).status == 0
+    assert "| last.ckpt |" in output.read_text()
+
+
+def test_help_lists_studies_and_options(recsys):
+    assert "learned-fusion" in recsys("study", "--help").out
+    assert recsys("study", "fusion", "--help").status == 0
+    assert "study" in recsys("--help").out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "name one of fusion, cosines, learned-fusion"),
+        (["fussion"], "no study 'fussion'; there are fusion, cosines, learned-fusion; did you mean 'fusion'?"),
+        (["fusion"], "required: RUN, --output"),
+        (["fusion", "{runs}/cobra"], "required: --output"),
+        (["fusion", "{runs}/none", "--output", "{out}/a.md"], "no run folder"),
+        (["fusion", "{runs}/popularity", "--output", "{out}/a.md"], "a run of Popularity"),
+        (["cosines", "{runs}/cobra", "{runs}/rqvae", "--output", "{out}/a.md"], "a run of RQVAE"),
+        (["fusion", "{runs}/dense", "--output", "{out}/a.md"], "has no semantic IDs (tokens.paths=dense)"),
+        (["fusion", "{runs}/cobra", "{runs}/dense", "--output", "{out}/a.md"], "is one run too many"),
+        (["fusion", "{runs}/cobra", "--output", "{out}/a.txt"], "must be a file that ends in .md"),
+        (["fusion", "{runs}/cobra", "--output", "/proc/a.md"], "choose another folder"),
+        (["fusion", "{runs}/cobra", "--output", "{out}/a.md", "--user", "3"], "no option '--user'; did you mean"),
+        (["fusion", "{runs}/cobra", "--output", "{out}/a.md", "--users", "0"], "'0' is no whole number of 1 or more"),
+        (["fusion", "{runs}/cobra", "--output", "{out}/a.md", "--taus", "1", "1"], "--taus 1.0 1.0"),
+        (["fusion", "{runs}/cobra", "--output", "{out}/a.md", "--data.bathc", "3"], "no key 'data.bathc'"),
+        (["fusion", "{runs}/cobra", "--output", "{out}/a.md", "--ckpt_path", "{out}/no.ckpt"], "no checkpoint"),
+        (["learned-fusion", "{runs}/cobra", "--output", "{out}/a.md", "--resamples", "5"], "needs at least 100"),
+        (["learned-fusion", "{runs}/cobra", "--output", "{out}/a.md", "--lr", "0"], "lr above 0"),
+        (["cosines", "{runs}/dense", "--output", "{out}/a.md"], "has no semantic IDs: name their file"),
+        (["cosines", "{runs}/cobra", "--semantic_ids", "{out}/x", "--output", "{out}/a.md"], "no semantic IDs at"),
+    ],
+)
+def test_wrong_input_is_one_line(runs, recsys, tmp_path, words, line):
+    filled = [word.format(runs=runs, out=tmp_path) for word in words]
+    assert line in recsys("study", *filled).error
+    assert not list(tmp_path.iterdir())
