@@ -52,8 +52,8 @@ def built_by(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def tokenizer_of(name: str) -> str:
-    """The experiment that makes the semantic IDs of a COBRA experiment: of the same name, beside it in the demo."""
-    return "demo/rqvae.yaml" if name.startswith("demo/") else name.replace("cobra/", "rqvae/")
+    """The experiment in whose run folder the semantic IDs of a COBRA experiment lie."""
+    return f"{built_by(resolved(name))[1]['semantic_ids'].removeprefix('runs/').rpartition('/')[0]}.yaml"
 
 
 # ----------------------------------------------------------------------------------------------------------- they load
