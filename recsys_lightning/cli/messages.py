@@ -350,7 +350,8 @@ def _unknown_key(schema: _Schema, chain: str, text: str) -> str | None:
 
 
 def _missing(schema: _Schema, chain: str, text: str) -> str | None:
-    found = re.match(r"the following arguments are required: (.+)", text)
+    # On a line of its own among others where the key may also be null.
+    found = re.search(r"^[\s-]*the following arguments are required: (.+)", text, re.MULTILINE)
     if not found:
         return None
     names = [name.strip().removeprefix(f"{schema.command}.") for name in found[1].split(",")]

@@ -69,7 +69,8 @@ COMMAND_LINES = [
     ("--model sub.yaml", "no file 'sub.yaml' for model; a path counts from the folder of the file that names it"),
     (
         f"--{MODEL}.search.fusion globl",
-        f"'globl' is no value for {MODEL}.search.fusion: it must be global or per_id; did you mean 'global'?",
+        f"'globl' is no value for {MODEL}.search.fusion: it must be global, per_id, nearest or ranks; "
+        "did you mean 'global'?",
     ),
     ("--trainer.max_epochs ten", "'ten' is no value for trainer.max_epochs: it must be an int or null"),
     ("--model.model.decoder.bos maybe", "'maybe' is no value for model.model.decoder.bos: it must be true or false"),
@@ -138,11 +139,17 @@ FILES = [
     (
         f"{MODEL}.search.fusion",
         "globl",
-        f"'globl' is no value for {MODEL}.search.fusion{{}}: it must be global or per_id; did you mean 'global'?",
+        f"'globl' is no value for {MODEL}.search.fusion{{}}: it must be global, per_id, nearest or ranks; "
+        "did you mean 'global'?",
         "globl",
     ),
     ("trainer.max_epochs", "ten", "'ten' is no value for trainer.max_epochs{}: it must be an int or null", "ten"),
-    (f"{MODEL}.semantic_ids", None, f"COBRA needs semantic_ids{{}}: set '{MODEL}.semantic_ids'", "COBRA"),
+    (
+        "model.init_args.model",
+        None,
+        "RecommenderModule needs model{}: set 'model.init_args.model'",
+        "RecommenderModule",
+    ),
     ("run_dir", "${nothing}/x", "cannot resolve '${{nothing}}/x' of run_dir{}: no key 'nothing'", "run_dir"),
     (
         f"{MODEL}.dim",
