@@ -496,11 +496,11 @@ class _Generation:
             raise InputError(f"user {user} has an empty history; COBRA answers those only with decoder.bos: true")
         self.model, self.layout = model, model.layout
         dense = item_vectors[history] if self.layout.dense_slot is not None else None
-        hidden, self.prefix = model.decoder(model._embed(history, dense))
+        embedded = model._embed(history, dense)
         self.stop = bos + lengths * self.layout.size  # (B,) tokens of each row
         self.rows = torch.arange(len(history), device=history.device)
-        self.prefix_mask = torch.arange(hidden.shape[1], device=history.device) < self.stop[:, None]
-        self.state = hidden[self.rows, self.stop - 1]  # (B, D)
+        self.prefix_mask = torch.arange(embedded.shape[1], device=history.device) < self.stop[:, None]
+        self.state, self.prefix = model.decoder.state_at(embedded, self.stop - 1)  # (B, D)
         self.own: list[KeyValues] | None = None  # of the tokens that the beams have added
 
     def dense(self) -> Tensor:
