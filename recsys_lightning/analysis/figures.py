@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 WIDTH, DPI = 12.0, 100  # inches and dots per inch: 1200 pixels
 # Okabe and Ito's palette, which the colour-blind can tell apart; the marker says the same once more.
+STYLES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#000000", "v"),
+    ("#E69F00", "P"),
+    ("#56B4E9", "X"),
+)
 _ALL = ("#0072B2", "o", -1)  # colour, marker, side of the line (down is +1)
 _UNSEEN = ("#D55E00", "s", 1)
 _DASHED = (0, (3, 1.5))
@@ -33,6 +42,40 @@ def require_matplotlib() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError('pictures need matplotlib: pip install "recsys_lightning[plots]"')
+
+
+def new_figure(height: float) -> "Figure":
+    """An empty figure of the project's width and of such a height in inches.
+
+    Raises:
+        InputError: see `require_matplotlib`.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    return figure
+
+
+def dress(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Titles and grid of a panel."""
+    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def png(figure: "Figure") -> bytes:
+    """The PNG file of a figure; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    return file.getvalue()
 
 
 def comparison_png(
@@ -59,9 +102,6 @@ def comparison_png(
         InputError: see `require_matplotlib`.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     table = [row for row in table if any(row.scores)]
     lines = list(dict.fromkeys((row.name, row.model) for row in table))
     printed = {(row.name, row.model) for row in table if row.num_runs is None}
@@ -72,9 +112,7 @@ def comparison_png(
     columns = min(len(metrics), 2)
     panels = -(-len(metrics) // columns)
     height = panels * (0.6 + edges[-1]) + 1.4
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    figure = new_figure(height)
     for at, axes in enumerate(figure.subplots(panels, columns, squeeze=False, sharey=True).flat):
         if at >= len(metrics):
             axes.set_visible(False)
@@ -86,9 +124,7 @@ def comparison_png(
         _dress(axes, metrics[at], names, list(middles.values()), edges)
     figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=13, parse_math=False)
     _legend(figure, table, metrics, intervals)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _wrapped(name: str) -> str:

@@ -14,20 +14,15 @@ import yaml
 
 from recsys_lightning.analysis.grid import Entry, Grid, substituted
 from recsys_lightning.analysis.grid_file import near
-from recsys_lightning.analysis.groups import load_results
+from recsys_lightning.analysis.groups import PLACES, load_results
 from recsys_lightning.errors import InputError
 
-# Keys of a configuration that say where a run lies, which command came last and what is shown, not what was trained.
+# Keys of a configuration that say where a run and its data lie, which command came last and what is shown, not what
+# was trained.
 _PLACES = (
-    "run_dir",
-    "ckpt_path",
-    "verbose",
-    "weights_only",
-    "trainer.logger",
-    "trainer.default_root_dir",
+    *PLACES,
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
-    "checkpoint.dirpath",
     "data.init_args.raw_dir",
     "data.init_args.cache_dir",
 )

@@ -15,7 +15,7 @@ from recsys_lightning.errors import InputError
 _PARTS = ("metrics", "run", "model", "seed", "data", "hardware", "seconds_by_command", "code", "config")
 
 # Keys of a configuration that say where a run lies and which command came last, not what was trained.
-_PLACE = (
+PLACES = (
     "run_dir",
     "ckpt_path",
     "verbose",
@@ -136,14 +136,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups: dict[str, list[Run]] = {}
     known: dict[str, Run] = {}
     for run in runs:
-        identity = _settings_key(run, _PLACE)
+        identity = _settings_key(run, PLACES)
         if identity in known:
             raise InputError(
                 f"{known[identity].name} and {run.name} are one configuration with the same seed "
                 f"({run.results['seed']}): leave one out, or train it with another --seed_everything"
             )
         known[identity] = run
-        groups.setdefault(_SEED.sub("seed*", _settings_key(run, (*_PLACE, *_SEEDS))), []).append(run)
+        groups.setdefault(_SEED.sub("seed*", _settings_key(run, (*PLACES, *_SEEDS))), []).append(run)
     made: list[Group] = []
     for members in groups.values():
         name = _group_name(members)

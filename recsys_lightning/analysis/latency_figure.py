@@ -1,10 +1,9 @@
 """Pictures of the latency lab. They need matplotlib, the extra ``plots``."""
 
-import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from recsys_lightning.analysis.figures import require_matplotlib
+from recsys_lightning.analysis.figures import DPI, WIDTH, dress, png, require_matplotlib
 from recsys_lightning.analysis.latency_plan import Cell
 from recsys_lightning.analysis.latency_report import operating_points, shown_cells, shown_interests
 
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, PANEL, DPI = 12.0, 4.2, 100  # inches, inches of a row of panels, dots per inch: 1200 pixels wide
+PANEL = 4.2  # inches of a row of panels
 # Okabe and Ito's palette, which the colour-blind can tell apart; the marker says the same once more.
 _STYLES = {"exact": ("#000000", "s"), "ivf": ("#0072B2", "o"), "hnsw": ("#D55E00", "^")}
 _ON_GPU = {"exact": ("#009E73", "D"), "ivf": ("#CC79A7", "v"), "hnsw": ("#E69F00", "P")}
@@ -50,7 +49,7 @@ def latency_png(cells: Sequence[Cell]) -> bytes:
     full = Line2D([], [], color="#555555", marker="o", markersize=5, label="p50")
     hollow = Line2D([], [], color="#555555", marker="o", markersize=5, label="p99", linestyle="--", fillstyle="none")
     figure.legend(handles=[full, hollow], loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def recall_png(cells: Sequence[Cell]) -> bytes:
@@ -84,7 +83,7 @@ def recall_png(cells: Sequence[Cell]) -> bytes:
     ring_mark = Line2D([], [], color="#555555", marker="o", markersize=13, linestyle="none", fillstyle="none")
     ring_mark.set_label("the parameter that the tables of costs show")
     figure.legend(handles=[ring_mark], loc="outside lower center", fontsize=9, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _lines(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -138,13 +137,7 @@ def _log_ticks(axes: "Axes", which: str, values: Sequence[float]) -> None:
 
 
 def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x, fontsize=10)
-    axes.set_ylabel(y, fontsize=10)
-    axes.tick_params(labelsize=9)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes, title, x, y)
     if axes.get_legend_handles_labels()[0]:  # below the panel, where it covers no line
         place = (0.5, -0.14)
         axes.legend(
@@ -156,9 +149,3 @@ def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
             handlelength=1.5,
             columnspacing=1,
         )
-
-
-def _png(figure: "Figure") -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    return file.getvalue()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from recsys_lightning.analysis.study_fusion_figure import new_figure, png
+from recsys_lightning.analysis.figures import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,28 +1,15 @@
 """The picture of the BeamFusion grid, after Figure 6 of COBRA. It needs matplotlib, the extra ``plots``."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recsys_lightning.analysis.figures import DPI, WIDTH, require_matplotlib
+from recsys_lightning.analysis.figures import STYLES, dress, new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from recsys_lightning.analysis.study_fusion import FusionGrid, Measured, Setting
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; the marker says the same once more.
-STYLES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#000000", "v"),
-    ("#E69F00", "P"),
-    ("#56B4E9", "X"),
-)
 _TITLES = {"global": "softmax over all candidates (global)", "per_id": "softmax within an ID (per_id)"}
 
 
@@ -65,37 +52,3 @@ def fusion_png(found: Sequence["Measured"], grid: "FusionGrid", own: "Setting | 
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
     return png(figure)
-
-
-def new_figure(height: float) -> "Figure":
-    """An empty figure of the project's width and of such a height in inches.
-
-    Raises:
-        InputError: see `require_matplotlib`.
-    """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-    return figure
-
-
-def dress(axes: "Axes", title: str, x: str, y: str) -> None:
-    """Titles and grid of a panel."""
-    axes.set_title(title, fontsize=11, parse_math=False)
-    axes.set_xlabel(x, fontsize=10)
-    axes.set_ylabel(y, fontsize=10)
-    axes.tick_params(labelsize=9)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def png(figure: "Figure") -> bytes:
-    """The PNG file of a figure; the same figure gives the same bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    return file.getvalue()

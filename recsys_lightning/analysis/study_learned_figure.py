@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys_lightning.analysis.study_fusion_figure import STYLES, dress, new_figure, png
+from recsys_lightning.analysis.figures import STYLES, dress, new_figure, png
 from recsys_lightning.analysis.study_learned_compare import LEARNED, Comparison, bins_of
 from recsys_lightning.analysis.user_values import Floats
 

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from recsys_lightning.cli.output import check_output
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
 
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
 
     settings = _settings(given)
     if given.output is not None:
-        _check_output(given.output)
+        check_output(given.output)
     cells = []
     for cell in _with_progress(settings):
         cells.append(cell)
@@ -110,21 +110,6 @@ def _settings(given: argparse.Namespace) -> "LabSettings":
         hnsw_limit=given.hnsw_limit,
         seed=given.seed,
     )
-
-
-def _check_output(output: Path) -> None:
-    """Refuse now what could not be written an hour later."""
-    from recsys_lightning.analysis.figures import require_matplotlib
-
-    if output.suffix != ".md" or output.is_dir():
-        raise InputError(f"--output {output} must be a file that ends in .md")
-    require_matplotlib()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}; choose another folder") from error
 
 
 def _with_progress(settings: "LabSettings") -> Iterator["Cell"]:

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recsys_lightning.cli import nearest
+from recsys_lightning.cli.output import check_output
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
 
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     if name not in STUDIES:
         raise InputError(f"study: no study {name!r}; there are {', '.join(STUDIES)}{nearest(name, STUDIES)}")
     given, settings = _parsed(name, words[1:])
-    _check_output(given.output)
+    check_output(given.output)
     started = time.perf_counter()
     runs = _opened(given, settings)
     with _progress() as progress:
@@ -167,21 +167,6 @@ def _opened(given: argparse.Namespace, settings: Sequence[str]) -> list["Studied
                 raise
             raise InputError(line if str(folder) in line else f"{folder}: {line}") from error
     return opened
-
-
-def _check_output(output: Path) -> None:
-    """Refuse now what could not be written an hour later."""
-    from recsys_lightning.analysis.figures import require_matplotlib
-
-    if output.suffix != ".md" or output.is_dir():
-        raise InputError(f"--output {output} must be a file that ends in .md")
-    require_matplotlib()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}; choose another folder") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recsys_lightning.retrieval.recommendations import Recommendations, rank_candidates
+from recsys_lightning.retrieval.recommendations import Recommendations, distinct_items, rank_candidates
 
 
 def reciprocal_rank_fusion(lists: Sequence[Recommendations], k: int, constant: float = 60.0) -> Recommendations:
@@ -23,11 +23,8 @@ def reciprocal_rank_fusion(lists: Sequence[Recommendations], k: int, constant: f
     """
     ids = torch.cat([part.item_ids for part in lists], 1)  # (B, R)
     votes = torch.cat([1 / (constant + _ranks(part.scores)) for part in lists], 1)  # (B, R)
-    ids, order = ids.sort(1)
-    nth = torch.zeros_like(ids)  # (B, R) which distinct item
-    torch.cumsum(ids[:, 1:] != ids[:, :-1], dim=1, out=nth[:, 1:])
+    distinct, order, nth = distinct_items(ids)
     total = torch.zeros_like(votes).scatter_add_(1, nth, votes.gather(1, order))
-    distinct = torch.zeros_like(ids).scatter_(1, nth, ids)
     merged = rank_candidates(distinct, total.masked_fill(distinct == 0, -torch.inf), k)
     return merged._replace(generated=next((part.generated for part in lists if part.generated is not None), None))
 

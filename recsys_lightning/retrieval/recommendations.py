@@ -42,6 +42,22 @@ class Recommendations(NamedTuple):
         return Recommendations(self.item_ids[:, :k], self.scores[:, :k], self.generated)
 
 
+def distinct_items(item_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Group the repeats of items in each row.
+
+    Args:
+        item_ids: (B, C) in any order.
+
+    Returns:
+        (B, C) each: the distinct items by rising id, 0 behind the last; the order that sorts a row by id; and, in that
+        order, which of the distinct items stands there.
+    """
+    ids, order = item_ids.sort(dim=1)  # repeats stand side by side
+    nth = torch.zeros_like(ids)
+    torch.cumsum(ids[:, 1:] != ids[:, :-1], dim=1, out=nth[:, 1:])
+    return torch.zeros_like(ids).scatter_(1, nth, ids), order, nth
+
+
 def rank_candidates(item_ids: Tensor, scores: Tensor, k: int) -> Recommendations:
     """The k best candidates of each row, closed under ties.
 

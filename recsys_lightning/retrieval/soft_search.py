@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from recsys_lightning.retrieval.index import Found, ItemIndex
+from recsys_lightning.retrieval.recommendations import distinct_items
 
 
 def soft_search(index: ItemIndex, queries: Tensor, k: int, per_query: int | None = None) -> Found:
@@ -57,11 +58,8 @@ def max_merge(scores: Tensor, item_ids: Tensor, k: int) -> Found:
         missing = (0, k - scores.shape[1])
         scores = torch.nn.functional.pad(scores, missing, value=-torch.inf)
         item_ids = torch.nn.functional.pad(item_ids, missing)
-    ids, order = item_ids.sort(dim=1)  # (B, R) repeats stand side by side
-    nth = torch.zeros_like(ids)  # (B, R) which distinct item, counted from 0 by rising id
-    torch.cumsum(ids[:, 1:] != ids[:, :-1], dim=1, out=nth[:, 1:])
+    distinct, order, nth = distinct_items(item_ids)
     best = torch.full_like(scores, -torch.inf).scatter_reduce_(1, nth, scores.gather(1, order), "amax")
-    distinct = torch.zeros_like(ids).scatter_(1, nth, ids)
     # Distinct items stand by rising id, so a stable sort leaves the lower id first among equal scores.
     best, order = best.sort(dim=1, descending=True, stable=True)
     return Found(best[:, :k], distinct.gather(1, order[:, :k]))

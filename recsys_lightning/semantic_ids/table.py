@@ -1,7 +1,7 @@
 """The table of semantic IDs: which tuple of codes each item has, and from which embeddings it came."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -78,7 +78,7 @@ class SemanticIds:
         """Levels L."""
         return self.codes.shape[1]
 
-    def disambiguated(self) -> "SemanticIds":
+    def disambiguated(self) -> Self:
         """The same table with one level more, which counts the items of a cell by id: each item has its own tuple.
 
         TIGER (arXiv:2305.05065, section 3.1) does so. All levels have as many codes as the largest needs.
@@ -88,10 +88,10 @@ class SemanticIds:
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (I,)
         nth = torch.zeros(len(self.codes), dtype=torch.int64, device=self.codes.device)
         nth[order + 1] = torch.arange(len(order), device=order.device) - starts
-        return SemanticIds(
+        return replace(
+            self,
             codes=torch.cat([self.codes, nth[:, None]], 1),
             num_codes=max(self.num_codes, int(sizes.max())),
-            embeddings_fingerprint=self.embeddings_fingerprint,
             tokenizer=f"{self.tokenizer}, disambiguated",
         )
 
