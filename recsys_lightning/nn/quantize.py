@@ -1,19 +1,19 @@
 """Residual quantization: write a vector as a sum of codewords, coarse to fine.
 
-TIGER (arXiv:2305.05065) section 3.1, used by COBRA (arXiv:2503.02453) section 3.1.1.
+TIGER (arXiv:2305.05065) section 3.1, used by COBRA (arXiv:2503.02453) section 3.1.1 and, trained with the recommender,
+by SPARC (arXiv:2508.09090) section 3.2.
 Shapes: B rows, D width, L levels, K codes a level.
 """
 
-import warnings
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from recsys_lightning.errors import InputError
+from recsys_lightning.nn.codebook import kmeans_codebook, nearest_code
+from recsys_lightning.nn.estimators import Estimator, estimate
 
 # A code whose EMA usage is below this has no mean worth dividing for: its codeword stays where it is.
 _SMALLEST_USAGE = 1e-12
@@ -22,19 +22,10 @@ _SMALLEST_USAGE = 1e-12
 class Quantized(NamedTuple):
     """What a residual quantizer says of a batch."""
 
-    vectors: Tensor  # (B, D) sum of the chosen codewords, with a gradient to the input
+    vectors: Tensor  # (B, D) sum of the chosen codewords, with the gradient of the quantizer's estimator
     codes: Tensor  # (B, L) int64, the chosen code of each level: the semantic ID
     loss: Tensor  # () commitment term, plus the codebook term where codebooks learn by gradient
-
-
-def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest codeword of each row: rows (B, D), codebook (K, D) -> (B,) int64; a tie goes to the lowest.
-
-    Distances are taken by differences and not by ``|a|^2 - 2ab + |b|^2``: the expansion cancels when rows lie far from
-    the origin, and its rounding depends on where a row stands in the batch, so that equal rows could get unequal codes.
-    """
-    distances = torch.cdist(rows.detach(), codebook.detach(), compute_mode="donot_use_mm_for_euclid_dist")  # (B, K)
-    return distances.argmin(-1)  # (B,)
+    words: Tensor  # (B, L, D) chosen codewords, with a gradient to the codebooks where they learn by gradient
 
 
 def residual_encode(rows: Tensor, codebooks: Tensor) -> Tensor:
@@ -50,25 +41,6 @@ def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """Sum of the named codewords: codes (..., L), codebooks (L, K, D) -> (..., D)."""
     levels = torch.arange(len(codebooks), device=codes.device)  # (L,)
     return codebooks[levels, codes].sum(-2)  # (..., D)
-
-
-def kmeans_codebook(
-    rows: Tensor, num_codes: int, num_iterations: int = 50, num_starts: int = 1, seed: int = 0
-) -> Tensor:
-    """Centres of a k-means clustering, k-means++ started: rows (N, D) -> (K, D), on the rows' device.
-
-    With no more distinct rows than codes each distinct row is a centre and the spare codes repeat them; a tie goes to
-    the lowest index, so the spare codes stay unused.
-    """
-    distinct: Tensor = torch.unique(rows.detach(), dim=0)  # (U, D)
-    if len(distinct) <= num_codes:
-        return distinct[torch.arange(num_codes, device=rows.device).remainder(len(distinct))]  # (K, D)
-    kmeans = KMeans(num_codes, init="k-means++", n_init=num_starts, max_iter=num_iterations, random_state=seed)
-    with warnings.catch_warnings():
-        # Rows that differ by rounding alone can leave fewer clusters than codes. That is data, not a mistake.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        centres = kmeans.fit(rows.detach().cpu().numpy()).cluster_centers_
-    return torch.as_tensor(centres, dtype=rows.dtype, device=rows.device)  # (K, D)
 
 
 def residual_kmeans(
@@ -93,6 +65,14 @@ class ResidualQuantizer(nn.Module):
 
     The squared norms are sums over D, as printed. `r_m` carries a gradient to x alone: earlier codewords are held.
 
+    That is ``loss_form="vq"``. SPARC's text prints another form (choice S3), here ``loss_form="paper"``, in which
+    `commitment` weighs the codebook term and the first term moves input and codebooks alike::
+
+        loss = mean over rows of |x - sum_m e_m|^2 + commitment * sum_m |sg(r_m) - e_m|^2
+
+    `estimator` says who gets the gradient of what is computed with `vectors` (`recsys_lightning.nn.estimators`);
+    what is computed with `words` moves the codebooks, in gradient mode, and never the input.
+
     Codebooks learn in one of two ways:
 
     * ``"ema"``: moving averages of the residuals that chose a code (van den Oord et al., arXiv:1711.00937, appendix
@@ -113,14 +93,19 @@ class ResidualQuantizer(nn.Module):
         dim: Width D of the vectors.
         num_levels: Levels L.
         num_codes: Codes K a level.
-        commitment: Weight of the commitment term (TIGER: 0.25).
+        commitment: Weight of the commitment term (TIGER: 0.25); with ``loss_form="paper"`` of the codebook term.
         codebook_update: How codebooks learn.
         ema_decay: Memory of the moving averages, per training step.
         dead_code_threshold: In training, a code whose moving-average usage falls below this part of the fair share 1/K
-            is set to a random residual of the batch and given the fair share anew. 0 turns it off.
+            is set to a random residual of the batch and given the fair share anew. 0 turns it off. An optimizer that
+            keeps averages of gradients is not told: a code that is not chosen gets no gradient, so that of Adam's
+            moments the first has faded by then, and the second only sizes the new codeword's first steps.
+        estimator: Who gets the gradient of `vectors` (choice S2); by moving averages only those that leave the
+            codebooks alone or move the input in a way of their own: ``"straight_through"`` and ``"rotation"``.
+        loss_form: Which loss (choice S3); ``"paper"`` only with ``codebook_update="gradient"``.
 
     Raises:
-        InputError: An argument is out of its range.
+        InputError: An argument is out of its range, or does not go with another.
     """
 
     codebooks: Tensor  # (L, K, D)
@@ -137,6 +122,8 @@ class ResidualQuantizer(nn.Module):
         codebook_update: Literal["ema", "gradient"] = "ema",
         ema_decay: float = 0.99,
         dead_code_threshold: float = 0.2,
+        estimator: Estimator = "straight_through",
+        loss_form: Literal["vq", "paper"] = "vq",
     ) -> None:
         super().__init__()
         if dim < 1 or num_levels < 1 or num_codes < 2:
@@ -152,6 +139,15 @@ class ResidualQuantizer(nn.Module):
             raise InputError(f"commitment must be 0 or more, got {commitment}")
         if not 0 <= dead_code_threshold < 1:
             raise InputError(f"dead_code_threshold is a part of the fair share, in [0, 1), got {dead_code_threshold}")
+        if estimator not in get_args(Estimator):
+            raise InputError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+        if loss_form not in ("vq", "paper"):
+            raise InputError(f"loss_form must be 'vq' or 'paper', got {loss_form!r}")
+        if codebook_update == "ema" and (estimator.startswith("gather") or loss_form == "paper"):
+            raise InputError(
+                f"{estimator=} with {loss_form=} sends gradients to the codebooks, and codebook_update='ema' learns "
+                "them by moving averages; set codebook_update to 'gradient'"
+            )
         self.dim = dim
         self.num_levels = num_levels
         self.num_codes = num_codes
@@ -159,6 +155,8 @@ class ResidualQuantizer(nn.Module):
         self.codebook_update = codebook_update
         self.ema_decay = ema_decay
         self.dead_code_threshold = dead_code_threshold
+        self.estimator: Estimator = estimator
+        self.loss_form = loss_form
         codebooks = torch.randn(num_levels, num_codes, dim) / dim**0.5  # (L, K, D)
         if codebook_update == "gradient":
             self.codebooks = nn.Parameter(codebooks)
@@ -171,20 +169,31 @@ class ResidualQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Quantized:
         """Quantize x (B, D), in the dtype of the codebooks; in training mode also update the codebook statistics."""
         x = x.to(self.codebooks.dtype)  # distances of half-precision rows would choose other codes than `encode`
-        residual, total, loss = x, torch.zeros_like(x), x.new_zeros(())
-        residuals, codes = [], []
+        residual = x
+        residuals, codes, words = [], [], []
         for codebook in self.codebooks:  # (K, D)
-            code = nearest_code(residual, codebook)  # (B,)
-            word = codebook[code]  # (B, D)
+            codes.append(nearest_code(residual, codebook))  # (B,)
+            words.append(codebook[codes[-1]])  # (B, D)
+            residuals.append(residual)
+            residual = residual - words[-1].detach()  # (B, D)
+        if self.training:
+            self._update_statistics(torch.stack(residuals).detach(), torch.stack(codes))
+        total = sum(words, torch.zeros_like(x))  # (B, D)
+        loss = self._loss(x, residuals, words, total)
+        return Quantized(estimate(x, total, self.estimator), torch.stack(codes, -1), loss, torch.stack(words, 1))
+
+    def _loss(self, x: Tensor, residuals: list[Tensor], words: list[Tensor], total: Tensor) -> Tensor:
+        """The loss () of x (B, D), with the residual in front of each level and its codeword, each (B, D)."""
+        pairs = list(zip(residuals, words, strict=True))
+        if self.loss_form == "paper":
+            terms = [self.commitment * _mean_square_norm(residual.detach() - word) for residual, word in pairs]
+            return sum(terms, _mean_square_norm(x - total))
+        loss = x.new_zeros(())
+        for residual, word in pairs:
             loss = loss + self.commitment * _mean_square_norm(residual - word.detach())
             if self.codebook_update == "gradient":
                 loss = loss + _mean_square_norm(residual.detach() - word)
-            residuals.append(residual.detach())
-            codes.append(code)
-            residual, total = residual - word.detach(), total + word
-        if self.training:
-            self._update_statistics(torch.stack(residuals), torch.stack(codes))
-        return Quantized(_straight_through(x, total), torch.stack(codes, -1), loss)
+        return loss
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -242,14 +251,6 @@ class ResidualQuantizer(nn.Module):
         self.usage.masked_fill_(dead, 1 / self.num_codes)
         if self.codebook_update == "ema":
             self.sums.copy_(torch.where(dead[..., None], fresh / self.num_codes, self.sums))
-
-
-def _straight_through(x: Tensor, total: Tensor) -> Tensor:
-    """The value of `total` with the gradient of x: codebooks get none (van den Oord et al., arXiv:1711.00937, 3.2).
-
-    The one place that decides where a gradient of the quantized vectors goes.
-    """
-    return x + (total - x).detach()  # (B, D)
 
 
 def _mean_square_norm(rows: Tensor) -> Tensor:

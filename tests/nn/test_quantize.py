@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from recsys_lightning.errors import InputError
+from recsys_lightning.nn.codebook import kmeans_codebook, nearest_code
 from recsys_lightning.nn.mlp import MLP
-from recsys_lightning.nn.quantize import ResidualQuantizer, kmeans_codebook, nearest_code
+from recsys_lightning.nn.quantize import ResidualQuantizer
 
 
 def random_rows(num_rows=32, dim=6, seed=0):
@@ -61,6 +62,90 @@ def test_the_gradient_of_the_vectors_passes_straight_through_to_the_input():
     (quantizer(x).vectors * weights).sum().backward()
     torch.testing.assert_close(x.grad, weights)
     assert quantizer.codebooks.grad is None or not quantizer.codebooks.grad.any()
+
+
+def recommendation_gradients(estimator, codebook_update="gradient"):
+    """Of a loss of the vectors alone: the input's gradient (B, D), its norm at each codeword and who is used (L, K)."""
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(6, 3, 8, codebook_update=codebook_update, estimator=estimator).eval()
+    x = random_rows().requires_grad_()
+    quantized = quantizer(x)
+    (quantized.vectors * random_rows(seed=1)).sum().backward()
+    grad = quantizer.codebooks.grad
+    grad = torch.zeros_like(quantizer.codebooks) if grad is None else grad
+    used = torch.stack([torch.bincount(codes, minlength=8) > 0 for codes in quantized.codes.unbind(-1)])  # (L, K)
+    return torch.zeros_like(x) if x.grad is None else x.grad, grad.norm(dim=-1), used
+
+
+@pytest.mark.parametrize("estimator", ["gather", "gather_straight_through", "rotation"])
+def test_a_loss_of_the_vectors_reaches_every_used_codeword_and_no_other(estimator):
+    _, codebooks, used = recommendation_gradients(estimator)
+    assert torch.isfinite(codebooks).all()
+    assert torch.equal(codebooks > 0, used)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "reached"),
+    [("straight_through", True), ("gather", False), ("gather_straight_through", True), ("rotation", True)],
+)
+def test_a_loss_of_the_vectors_reaches_the_input_where_the_estimator_says_so(estimator, reached):
+    x, _, _ = recommendation_gradients(estimator)
+    assert bool((x != 0).all()) if reached else not x.any()
+
+
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+def test_rotation_gives_the_input_another_gradient_than_straight_through_does(codebook_update):
+    turned, _, _ = recommendation_gradients("rotation", codebook_update)
+    straight, _, _ = recommendation_gradients("straight_through", codebook_update)
+    assert not torch.allclose(turned, straight, atol=0.1)
+
+
+def test_words_are_the_chosen_codewords_whose_sum_the_vectors_are():
+    torch.manual_seed(0)
+    quantizer, x = ResidualQuantizer(6, 3, 8), random_rows()
+    quantized = quantizer.eval()(x)
+    for level in range(3):
+        assert torch.equal(quantized.words[:, level], quantizer.codebooks[level, quantized.codes[:, level]])
+    torch.testing.assert_close(quantized.words.sum(1), quantized.vectors)
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "gather", "gather_straight_through", "rotation"])
+def test_a_loss_of_the_words_reaches_their_codebook_alone_whatever_the_estimator(estimator):
+    quantizer = ResidualQuantizer(6, 3, 8, codebook_update="gradient", estimator=estimator)
+    x = random_rows().requires_grad_()
+    quantized = quantizer(x)
+    quantized.words[:, 0].sum().backward()
+    counts = torch.bincount(quantized.codes[:, 0], minlength=8).float()
+    torch.testing.assert_close(quantizer.codebooks.grad[0], counts[:, None].expand(-1, 6))
+    assert not quantizer.codebooks.grad[1:].any()
+    assert x.grad is None
+
+
+def test_words_carry_no_gradient_where_moving_averages_are_the_codebooks():
+    assert not ResidualQuantizer(6, 3, 8)(random_rows().requires_grad_()).words.requires_grad
+
+
+def test_the_paper_form_of_the_loss_is_its_printed_formula():
+    """|x - sum_m e_m|^2 + beta sum_m |sg(r_m) - e_m|^2: its value, and the gradients of its two terms by hand."""
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(6, 2, 8, commitment=0.3, codebook_update="gradient", loss_form="paper").eval()
+    x = random_rows(10).requires_grad_()
+    loss = quantizer(x).loss
+    loss.backward()
+    codebooks = quantizer.codebooks.detach()
+    expected, to_x, to_codebooks = 0.0, torch.zeros_like(x), torch.zeros_like(codebooks)
+    for i, row in enumerate(x.detach()):
+        codes, residuals = quantize_by_hand(row, codebooks)
+        words = [codebooks[level, code] for level, code in enumerate(codes)]
+        left = row - sum(words)
+        expected += float(left.square().sum()) / 10
+        to_x[i] = 2 * left / 10
+        for level, code in enumerate(codes):
+            expected += 0.3 * float((residuals[level] - words[level]).square().sum()) / 10
+            to_codebooks[level, code] += (-2 * left + 0.3 * 2 * (words[level] - residuals[level])) / 10
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(x.grad, to_x)
+    torch.testing.assert_close(quantizer.codebooks.grad, to_codebooks)
 
 
 def test_in_gradient_mode_each_chosen_codeword_and_no_other_gets_the_gradient_of_the_codebook_loss():
@@ -203,6 +288,36 @@ def test_equal_rows_far_from_the_origin_get_the_nearest_code():
     assert nearest_code(rows, codebook).tolist() == [i % 3 for i in range(67)]
 
 
+def close_calls():
+    """Rows and codewords of float32 whose distances are hard to tell apart, by name."""
+    rows, codebook = random_rows(200, 16), random_rows(9, 16, seed=1)
+    return {
+        "ordinary": (rows, codebook),
+        "one direction": (rows * 1e-4 + 7, codebook * 1e-4 + 7),
+        "repeated codewords": (rows, codebook[:3].repeat(3, 1)),
+        "rows half way": ((codebook[:-1] + codebook[1:]) / 2, codebook),
+        "codewords that are rows": (codebook, codebook.repeat(2, 1)),
+        "one far codeword": (rows, torch.cat([codebook, 1e6 + codebook[:1]])),
+        "huge": (rows * 1e18, codebook * 1e18),
+        "infinite": (torch.cat([torch.full_like(rows[:, :1], torch.inf), rows[:, 1:]], 1), codebook),
+        "not a number": (rows.masked_fill(rows[:, :1] > 1.5, torch.nan), codebook),
+    }
+
+
+@pytest.mark.parametrize("name", close_calls())
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_the_nearest_code_is_that_of_distances_by_differences_whatever_the_precision_of_products(name, precision):
+    rows, codebook = close_calls()[name]
+    exact = torch.cdist(rows, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(nearest_code(rows, codebook), exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
 def test_a_state_dict_restores_codes_and_further_training_exactly(codebook_update):
     torch.manual_seed(0)
@@ -244,7 +359,12 @@ quantizer.dead_code_threshold = 0.999
 quantizer(x + rank)
 revived = quantizer.codebooks.clone()
 quantizer.init_from_data(x + rank)
-torch.save([plain, revived, quantizer.codebooks], f"{folder}/{rank}.pt")
+learned = ResidualQuantizer(4, 2, 3, codebook_update="gradient", ema_decay=0.5, dead_code_threshold=0.999)
+with torch.no_grad():
+    learned.codebooks.copy_(plain)
+learned(x[:10] if rank == 0 else x[10:])
+tensors = [plain, revived, quantizer.codebooks, learned.codebooks.detach(), learned.usage]
+torch.save(tensors, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -259,6 +379,14 @@ def test_codebooks_of_two_ranks_are_equal_and_those_of_one_process(tmp_path):
     alone = ResidualQuantizer(4, 2, 3, ema_decay=0.5, dead_code_threshold=0.0)
     alone(x)
     torch.testing.assert_close(one[0], alone.codebooks)
+    alone = ResidualQuantizer(4, 2, 3, codebook_update="gradient", ema_decay=0.5, dead_code_threshold=0.0)
+    with torch.no_grad():
+        alone.codebooks.copy_(one[0])
+    alone(x)
+    dead = alone.usage < 0.999 / 3
+    assert dead.any()
+    assert torch.equal((one[3] != one[0]).any(-1), dead)  # the codes that all rows together leave dead
+    torch.testing.assert_close(one[4], alone.usage.masked_fill(dead, 1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +398,11 @@ def test_codebooks_of_two_ranks_are_equal_and_those_of_one_process(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"commitment": -1.0}, "commitment"),
         ({"dead_code_threshold": 2.0}, "dead_code_threshold"),
+        ({"estimator": "copy"}, "straight_through, gather, gather_straight_through, rotation, got 'copy'"),
+        ({"loss_form": "tiger"}, "'tiger'"),
+        ({"loss_form": "paper"}, "set codebook_update to 'gradient'"),
+        ({"estimator": "gather"}, "estimator='gather' .* set codebook_update to 'gradient'"),
+        ({"estimator": "gather_straight_through"}, "set codebook_update to 'gradient'"),
     ],
 )
 def test_an_error_names_the_argument(arguments, message):
