@@ -72,8 +72,8 @@ def _exact_lists(catalogue: Catalogue, settings: LabSettings) -> dict[int, Tenso
             found = index.search(queries.flatten(0, 1), settings.k)
             scores, ids = (part.view(*queries.shape[:2], -1) for part in found)  # (B, K, N)
             for interests, parts in lists.items():
-                first = scores[:, :interests].flatten(1), ids[:, :interests].flatten(1)
-                parts.append(max_merge(*first, settings.k).item_ids.cpu())
+                merged = max_merge(scores[:, :interests], ids[:, :interests], settings.k)
+                parts.append(merged.first(settings.k).item_ids.cpu())
     return {interests: torch.cat(parts) for interests, parts in lists.items()}
 
 
@@ -155,7 +155,8 @@ def _measure_row(
 def _searches(index: ItemIndex, queries: Tensor, rows: Sequence[Tensor], k: int) -> Search:
     """Soft search of the users of one entry of `rows`, by its number."""
     ready = [queries[row].contiguous() for row in rows]  # each (B, K, D)
-    return lambda number: soft_search(index, ready[number], k).item_ids
+    log_probs = [queries.new_zeros(len(row), queries.shape[1]) for row in rows]  # ComiRec's rule does not look at them
+    return lambda number: soft_search(index, ready[number], log_probs[number], k).first(k).item_ids
 
 
 def with_timings(cell: Cell, alone: Timing, together: Timing, truth: Tensor, settings: LabSettings) -> Cell:

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from recsys_lightning.retrieval.index import Found
+from recsys_lightning.retrieval.recommendations import Recommendations
 from recsys_lightning.retrieval.soft_search import soft_search
 
 SMALL = [
@@ -161,7 +161,7 @@ def test_cells_are_left_out_by_name_where_memory_is_short(recsys, tmp_path, monk
 def test_the_threads_are_those_of_every_search(recsys, monkeypatch):
     seen = set()
 
-    def counting(*given: object) -> Found:
+    def counting(*given: object) -> Recommendations:
         seen.add(torch.get_num_threads())
         return soft_search(*given)
 
