@@ -18,6 +18,7 @@ from recsys_lightning.analysis.groups import shown_path
 from recsys_lightning.analysis.study_report import Findings, StudyTable
 from recsys_lightning.analysis.study_run import Progress, StudiedRun
 from recsys_lightning.errors import InputError
+from recsys_lightning.models.cobra import COBRA
 from recsys_lightning.semantic_ids.table import SemanticIds
 
 HEAT_ITEMS, MAP_ITEMS = 1000, 3000  # of the two pictures
@@ -79,7 +80,7 @@ class ItemView(NamedTuple):
     codes_of: str  # whose semantic IDs these are
 
 
-def item_views(runs: Sequence[StudiedRun], semantic_ids: Path | None, progress: Progress) -> list[ItemView]:
+def item_views(runs: Sequence[StudiedRun[COBRA]], semantic_ids: Path | None, progress: Progress) -> list[ItemView]:
     """The items of each run, with its own semantic IDs or, where it has none, those of the first run that has.
 
     Args:
@@ -153,7 +154,9 @@ def flat_map(vectors: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(made)
 
 
-def cosine_study(runs: Sequence[StudiedRun], semantic_ids: Path | None, seed: int, progress: Progress) -> Findings:
+def cosine_study(
+    runs: Sequence[StudiedRun[COBRA]], semantic_ids: Path | None, seed: int, progress: Progress
+) -> Findings:
     """Measure the gap and draw the pictures.
 
     Raises:

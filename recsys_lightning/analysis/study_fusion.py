@@ -17,6 +17,7 @@ from recsys_lightning.analysis.study_run import Pool, Progress, StudiedRun, draw
 from recsys_lightning.errors import InputError
 from recsys_lightning.metrics.ranking import NDCGAtK, RankingMetrics, RecallAtK
 from recsys_lightning.metrics.ranks import TargetRanks
+from recsys_lightning.models.cobra import COBRA
 from recsys_lightning.retrieval.beam_fusion import log_scores
 from recsys_lightning.retrieval.fusion_weights import Mode
 
@@ -133,7 +134,7 @@ class _Lists:
         return int(met.scatter_(1, beams, True)[:, :-1].sum())
 
 
-def own_setting(run: StudiedRun) -> Setting | None:
+def own_setting(run: StudiedRun[COBRA]) -> Setting | None:
     """The setting a run ranks with; None if it ranks without BeamFusion."""
     search = run.model.search
     if search.fusion == "global" or search.fusion == "per_id":
@@ -141,7 +142,7 @@ def own_setting(run: StudiedRun) -> Setting | None:
     return None
 
 
-def measure_grid(run: StudiedRun, grid: FusionGrid, progress: Progress) -> list[Measured]:
+def measure_grid(run: StudiedRun[COBRA], grid: FusionGrid, progress: Progress) -> list[Measured]:
     """Every setting of the grid, and the run's own.
 
     Raises:
@@ -192,7 +193,7 @@ def best_settings(found: Sequence[Measured]) -> list[Measured]:
     return list(best.values())
 
 
-def fusion_study(run: StudiedRun, grid: FusionGrid, progress: Progress) -> Findings:
+def fusion_study(run: StudiedRun[COBRA], grid: FusionGrid, progress: Progress) -> Findings:
     """Measure the grid and say what was found.
 
     Raises:

@@ -30,6 +30,7 @@ from recsys_lightning.data.sequences import Stage
 from recsys_lightning.metrics.calibration import Reliability, reliability
 from recsys_lightning.metrics.ranking import NDCGAtK, RecallAtK
 from recsys_lightning.metrics.ranks import TargetRanks
+from recsys_lightning.models.cobra import COBRA
 from recsys_lightning.retrieval.beam_fusion import log_scores, segment_logsumexp
 from recsys_lightning.retrieval.fusion_weights import Mode
 
@@ -93,7 +94,12 @@ class Comparison:
 
 
 def compare_learned(
-    run: StudiedRun, mode: Mode, teaching: Teaching, drawn: Mapping[Stage, Users], progress: Progress, resamples: int
+    run: StudiedRun[COBRA],
+    mode: Mode,
+    teaching: Teaching,
+    drawn: Mapping[Stage, Users],
+    progress: Progress,
+    resamples: int,
 ) -> Comparison:
     """Teach, choose the fixed pairs, and rank the users of both stages.
 

@@ -21,11 +21,12 @@ from recsys_lightning.analysis.study_report import Findings, StudyTable
 from recsys_lightning.analysis.study_run import Progress, StudiedRun, draw_users, require_fusion
 from recsys_lightning.data.sequences import Stage
 from recsys_lightning.errors import InputError
+from recsys_lightning.models.cobra import COBRA
 from recsys_lightning.retrieval.fusion_weights import FEATURES, Mode
 
 
 def learned_study(
-    run: StudiedRun,
+    run: StudiedRun[COBRA],
     teaching: Teaching,
     mode: Mode | None,
     users: int | None,

@@ -7,6 +7,7 @@ from recsys_lightning.analysis.compare import markdown_table
 from recsys_lightning.analysis.groups import shown_path
 from recsys_lightning.analysis.latency_report import machine
 from recsys_lightning.analysis.study_run import StudiedRun
+from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.training.record import code_fingerprint
 
 
@@ -30,7 +31,9 @@ class Findings(NamedTuple):
     settings: Mapping[str, str]  # of the study
 
 
-def markdown(findings: Findings, stem: str, command: str, runs: Sequence[StudiedRun], seconds: float) -> str:
+def markdown(
+    findings: Findings, stem: str, command: str, runs: Sequence[StudiedRun[Recommender]], seconds: float
+) -> str:
     """The report of a study.
 
     Args:
@@ -65,7 +68,7 @@ def markdown(findings: Findings, stem: str, command: str, runs: Sequence[Studied
     return "\n\n".join(parts) + "\n"
 
 
-def _provenance(run: StudiedRun) -> list[str]:
+def _provenance(run: StudiedRun[Recommender]) -> list[str]:
     results = run.results
     data, hardware, code = results["data"], results["hardware"], results["code"]
     machine = hardware["gpu"] or f"{hardware['cpu_cores']} CPU cores ({hardware['cpu']})"

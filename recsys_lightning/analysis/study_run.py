@@ -1,11 +1,11 @@
-"""What the studies share: a trained COBRA opened again, its users in batches, and the items that its beams reach.
+"""What the studies share: a trained model opened again, its users in batches, and the items that COBRA's beams reach.
 
 Axis letters: B rows, M beams, C candidates over all rows, I items, D width.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from recsys_lightning.data.sequences import SequenceBatch, SequenceDataset, Stag
 from recsys_lightning.errors import InputError
 from recsys_lightning.metrics.ranks import TargetRanks
 from recsys_lightning.models.cobra import COBRA
+from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.retrieval.beam_fusion import Candidates, beam_candidates
 from recsys_lightning.training.checkpoints import trained_model
 
@@ -26,9 +27,13 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many steps of it are."""
 
 
+M = TypeVar("M", bound=Recommender)
+M_co = TypeVar("M_co", bound=Recommender, covariant=True)
+
+
 @dataclass(frozen=True)
-class StudiedRun:
-    """A trained COBRA with its data.
+class StudiedRun(Generic[M_co]):
+    """A trained model with its data.
 
     Attributes:
         name: the folder, as a report may show it.
@@ -40,31 +45,38 @@ class StudiedRun:
     """
 
     name: str
-    model: COBRA
+    model: M_co
     data: SequenceDataModule
     results: dict[str, Any]
     checkpoint: str
     device: torch.device
 
 
-def open_cobra(run: TrainedRun, device: str = "cpu") -> StudiedRun:
+def open_studied(run: TrainedRun, kinds: tuple[type[M], ...], device: str = "cpu") -> StudiedRun[M]:
     """Build the data and the model of a run and load its weights.
 
+    Args:
+        run: that was trained.
+        kinds: models that can be studied.
+        device: where the model shall be.
+
     Raises:
-        InputError: the run is no COBRA, has left no results, or its data or checkpoint cannot be read.
+        InputError: the run is of another model, has left no results, or its data or checkpoint cannot be read.
     """
     record = load_run(run.folder)
-    if not isinstance(run.data, SequenceDataModule) or record.results["model"] != COBRA.__name__:
-        raise InputError(f"{record.name} is a run of {record.results['model']}; studies are of trained COBRA runs")
+    names = [kind.__name__ for kind in kinds]
+    if not isinstance(run.data, SequenceDataModule) or record.results["model"] not in names:
+        wanted = " or ".join(names)
+        raise InputError(f"{record.name} is a run of {record.results['model']}; this study is of trained {wanted} runs")
     run.data.prepare_data()
     run.data.setup()
     model = trained_model(run.module, run.data.catalog, run.checkpoint)
-    assert isinstance(model, COBRA)  # noqa: S101 - its results say so
+    assert isinstance(model, kinds)  # noqa: S101 - its results say so
     place = torch.device(device)
     return StudiedRun(record.name, model.to(place), run.data, record.results, run.checkpoint.name, place)
 
 
-def require_fusion(run: StudiedRun) -> None:
+def require_fusion(run: StudiedRun[COBRA]) -> None:
     """Nothing, if there is something to fuse.
 
     Raises:
@@ -85,7 +97,12 @@ class Users(NamedTuple):
 
 
 def draw_users(
-    run: StudiedRun, stage: Stage, number: int | None = None, seed: int = 0, shuffled: bool = False
+    run: StudiedRun[Recommender],
+    stage: Stage,
+    number: int | None = None,
+    seed: int = 0,
+    shuffled: bool = False,
+    batch_size: int | None = None,
 ) -> Users:
     """Batches of the users of a stage, or of a part of them.
 
@@ -98,19 +115,21 @@ def draw_users(
         number: users to draw, each with equal chance; None takes all.
         seed: of the draw and of the order.
         shuffled: users in random order, rather than batches of like length.
+        batch_size: users of a batch; None takes that of the run's evaluation.
 
     Raises:
         InputError: the stage has no users.
     """
     data = run.data
-    dataset = SequenceDataset(data.data.interactions, data.split, stage, data.max_history, "last")
+    features = data.catalog.user_features
+    dataset = SequenceDataset(data.data.interactions, data.split, stage, data.max_history, "last", features)
     if not len(dataset):
         raise InputError(f"{run.name}: no user has enough interactions for the {stage} split")
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(dataset))[:number]
     if not shuffled:
         rows = rows[np.argsort(-dataset.lengths[rows], kind="stable")]
-    size = data.eval_batch_size
+    size = batch_size or data.eval_batch_size
     batches = [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
     # The sampler holds whole batches and the dataset answers with one: nothing is collated.
     return Users(DataLoader(dataset, sampler=batches, batch_size=None), len(rows), len(dataset))
@@ -141,7 +160,7 @@ class Pool(NamedTuple):
         return TargetRanks(first[:, None], equal[:, None], torch.ones_like(self.reached)[:, None])
 
 
-def pools(run: StudiedRun, users: Users, num_beams: int, progress: Progress, what: str) -> Iterator[Pool]:
+def pools(run: StudiedRun[COBRA], users: Users, num_beams: int, progress: Progress, what: str) -> Iterator[Pool]:
     """The candidates of all users, batch by batch; beams are generated freely, as in a test."""
     model = run.model
     trie = model.trie

@@ -1,6 +1,7 @@
 """`recsys study`."""
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import time
@@ -14,25 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from recsys_lightning.cli import nearest
 from recsys_lightning.cli.output import check_output
+from recsys_lightning.cli.studies import STUDIES, count, natural
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
 
 if TYPE_CHECKING:
     from recsys_lightning.analysis.study_report import Findings
     from recsys_lightning.analysis.study_run import StudiedRun
-
-STUDIES = {
-    "fusion": "recall and diversity of BeamFusion over M, tau, psi and the mode, without training again",
-    "cosines": "how near item vectors are within and between semantic IDs, and pictures of them",
-    "learned-fusion": "tau and psi as functions of the user, learned on the training split, against fixed ones",
-}
+    from recsys_lightning.models.recommender import Recommender
 
 _HELP = f"""usage: recsys study NAME RUN [RUN ...] --output FILE.md [options]
 
-Analyse trained COBRA runs. A study writes a report, its numbers (.csv) and its pictures (.png) side by side.
+Analyse trained runs of COBRA and SPARC. A study writes a report, its numbers (.csv) and pictures (.png).
 
 studies:
-{chr(10).join(f"  {name:<16}{line}" for name, line in STUDIES.items())}
+{chr(10).join(f"  {name:<16}{study.line}" for name, study in STUDIES.items())}
 
 `recsys study NAME --help` lists the options of a study.
 """
@@ -61,9 +58,9 @@ def run(arguments: Sequence[str]) -> None:
     given, settings = _parsed(name, words[1:])
     check_output(given.output)
     started = time.perf_counter()
-    runs = _opened(given, settings)
+    runs = _opened(name, given, settings)
     with _progress() as progress:
-        findings = _study(name, runs, given, progress)
+        findings = STUDIES[name].make(runs, given, progress)
     seconds = time.perf_counter() - started
     _show(findings)
     _write(findings, given.output, shlex.join(["recsys", *map(_shown, arguments)]), runs, seconds)
@@ -71,23 +68,28 @@ def run(arguments: Sequence[str]) -> None:
 
 def _parsed(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of a study, and those that are settings of the runs."""
+    study = STUDIES[name]
     parser = _Parser(
         prog=f"recsys study {name}",
-        description=f"{STUDIES[name][0].upper()}{STUDIES[name][1:]}.",
+        description=f"{study.line[0].upper()}{study.line[1:]}.",
         epilog="Any other --KEY VALUE with a dot in it, such as --data.raw_dir DIR, changes a setting of the runs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    several = name == "cosines"
-    add("runs", nargs="+" if several else 1, metavar="RUN", help="folder that `recsys fit` wrote")
+    folder = "folder that `recsys fit` wrote"
+    if study.several is None:
+        add("runs", nargs=1, metavar="RUN", help=folder)
+    else:
+        add("runs", nargs="+", metavar="RUN", help=f"{folder}; {study.several}")
     add("--output", type=Path, required=True, help="the report, a Markdown file; other files are written beside it")
     add("--ckpt_path", default="best", help="checkpoint: best, last or a file")
     add("--device", choices=("cpu", "cuda"), help="where to compute; the GPU where there is one")
-    add("--seed", type=_natural, default=0, help="of all that is drawn")
-    if not several:
-        add("--users", type=_count, help="draw so many users of each split instead of taking all")
-    _ADD[name](add)
+    if study.draws != "nothing":
+        add("--seed", type=natural, default=0, help="of all that is drawn")
+    if study.draws == "users":
+        add("--users", type=count, help="draw so many users of each split instead of taking all")
+    study.add(add)
     given, rest = parser.parse_known_args(list(words))
     for word in rest:
         if word.startswith("-") and "." not in word.partition("=")[0]:
@@ -98,74 +100,35 @@ def _parsed(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[s
     return given, rest
 
 
-def _add_fusion(add: Callable[..., object]) -> None:
-    from recsys_lightning.analysis.study_fusion import BEAMS, PSIS, TAUS
-
-    add("--stage", choices=("val", "test"), default="val", help="whose users")
-    add("--k", type=_count, default=50, help="places over which diversity and the recall of the picture are taken")
-    add("--beams", type=_count, nargs="+", default=list(BEAMS), metavar="M", help="numbers of beams")
-    add("--taus", type=float, nargs="+", default=list(TAUS), metavar="TAU", help="weights of the beam score")
-    add("--psis", type=float, nargs="+", default=list(PSIS), metavar="PSI", help="weights of the cosine")
-
-
-def _add_cosines(add: Callable[..., object]) -> None:
-    add("--semantic_ids", type=Path, metavar="FILE", help="take these IDs for all runs, instead of their own")
-
-
-def _add_learned(add: Callable[..., object]) -> None:
-    add("--mode", choices=("global", "per_id"), help="domain of the softmax over cosines; the run's own")
-    add("--epochs", type=_count, default=30, help="passes over the training users")
-    add("--lr", type=float, default=0.01, help="learning rate")
-    add("--hidden", type=_count, default=16, help="width of the network's hidden layer")
-    add("--resamples", type=_count, default=10_000, help="of the bootstrap")
-
-
-_ADD = {"fusion": _add_fusion, "cosines": _add_cosines, "learned-fusion": _add_learned}
-
-
-def _study(
-    name: str, runs: Sequence["StudiedRun"], given: argparse.Namespace, progress: Callable[[str, int, int], None]
-) -> "Findings":
-    if name == "cosines":
-        from recsys_lightning.analysis.study_cosines import cosine_study
-
-        return cosine_study(runs, given.semantic_ids, given.seed, progress)
-    if name == "fusion":
-        from recsys_lightning.analysis.study_fusion import FusionGrid, fusion_study
-
-        lists = {"beams": tuple(given.beams), "taus": tuple(given.taus), "psis": tuple(given.psis)}
-        grid = FusionGrid(**lists, k=given.k, stage=given.stage, users=given.users, seed=given.seed)
-        return fusion_study(runs[0], grid, progress)
-    from recsys_lightning.analysis.study_learned import Teaching
-    from recsys_lightning.analysis.study_learned_report import learned_study
-
-    if given.resamples < 100:
-        raise InputError(f"study {name}: --resamples {given.resamples}: an interval needs at least 100")
-    teaching = Teaching(epochs=given.epochs, lr=given.lr, hidden=given.hidden, seed=given.seed)
-    return learned_study(runs[0], teaching, given.mode, given.users, progress, given.resamples)
-
-
-def _opened(given: argparse.Namespace, settings: Sequence[str]) -> list["StudiedRun"]:
+def _opened(name: str, given: argparse.Namespace, settings: Sequence[str]) -> list["StudiedRun[Recommender]"]:
     """The runs, ready to be studied."""
     import torch
 
-    from recsys_lightning.analysis.study_run import open_cobra
+    from recsys_lightning.analysis.study_run import open_studied
     from recsys_lightning.cli.audit import open_run, run_folder
     from recsys_lightning.cli.messages import while_running
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU; leave --device out, or say cpu")
+    kinds = STUDIES[name].kinds()
+    wanted = [(run_folder(run), given.ckpt_path) for run in given.runs]
+    if name == "codes" and given.before:
+        if len(wanted) > 1:
+            raise InputError("--before sets a checkpoint of one run before it: name one run, or leave --before out")
+        wanted.insert(0, (wanted[0][0], given.before))
     opened = []
-    for folder in [run_folder(name) for name in given.runs]:
-        options = [*settings, "--ckpt_path", given.ckpt_path]
+    for folder, checkpoint in wanted:
+        options = [*settings, "--ckpt_path", checkpoint]
         try:
-            opened.append(open_cobra(open_run(folder, options), device))
+            opened.append(open_studied(open_run(folder, options), kinds, device))
         except Exception as error:
             line = while_running(error)
             if line is None:
                 raise
             raise InputError(line if str(folder) in line else f"{folder}: {line}") from error
+    if len({run.name for run in opened}) < len(opened):  # checkpoints of one run
+        opened = [dataclasses.replace(run, name=f"{run.name} ({run.checkpoint})") for run in opened]
     return opened
 
 
@@ -194,7 +157,9 @@ def _show(findings: "Findings") -> None:
         console.print(remark, markup=False, highlight=False)
 
 
-def _write(findings: "Findings", output: Path, command: str, runs: Sequence["StudiedRun"], seconds: float) -> None:
+def _write(
+    findings: "Findings", output: Path, command: str, runs: Sequence["StudiedRun[Recommender]"], seconds: float
+) -> None:
     from recsys_lightning.analysis.study_report import markdown
 
     report = markdown(findings, output.stem, command, runs, seconds)
@@ -212,17 +177,3 @@ def _shown(word: str) -> str:
 
     option, equals, value = word.partition("=")
     return f"{option}={shown_path(value)}" if equals and option.startswith("--") else shown_path(word)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
-    return int(text)

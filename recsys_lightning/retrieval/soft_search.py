@@ -49,7 +49,8 @@ def soft_search(
         log_probs: (B, K) log-probability of each interest, of any total mass; -inf where there is no such query.
         k: places wanted.
         merge: see `merge_interests`.
-        per_query: places N of each query's list; None takes k.
+        per_query: places N of each query's list; None takes k. Of a fixed number, the first places of the result do not
+            depend on k; ``sum``, ``mixture`` and ``quota`` look at whole lists, so with None they do.
         score_temperature: see `merge_interests`.
         restrict_to: let each query find items of its own code only; None lets it find all. The cells are then searched
             exactly, one by one, whatever the index would have done.
@@ -70,7 +71,7 @@ def soft_search(
         lists = Found(*(part.view(*queries.shape[:2], part.shape[1]) for part in found))  # (B, K, N)
     else:
         lists = search_cells(index, queries, length, restrict_to)
-    return merge_interests(lists, log_probs, k, merge, score_temperature)
+    return merge_interests(lists, log_probs, k, merge, score_temperature, length)
 
 
 def search_cells(index: ItemIndex, queries: Tensor, k: int, cells: Cells) -> Found:
@@ -112,7 +113,12 @@ def search_cells(index: ItemIndex, queries: Tensor, k: int, cells: Cells) -> Fou
 
 
 def merge_interests(
-    lists: Found, log_probs: Tensor, k: int, merge: Merge = "max", score_temperature: float = 1.0
+    lists: Found,
+    log_probs: Tensor,
+    k: int,
+    merge: Merge = "max",
+    score_temperature: float = 1.0,
+    shared: int | None = None,
 ) -> Recommendations:
     """One list of k items without repeats from the lists of a user's interests, closed under ties among those found.
 
@@ -135,6 +141,7 @@ def merge_interests(
         k: places wanted.
         merge: the rule.
         score_temperature: for ``p_weighted`` and ``mixture``: the smaller, the less the probabilities count.
+        shared: for ``quota``, the places that are shared out; None is k.
 
     Raises:
         InputError: an argument is out of range, a log-probability is NaN or +inf, or a user has none above -inf.
@@ -154,7 +161,7 @@ def merge_interests(
         return mixture_merge(scores / score_temperature, item_ids, log_probs, k)
     if merge == "sum":
         return sum_merge(scores, item_ids, log_probs, k)
-    return quota_merge(scores, item_ids, log_probs, k)
+    return quota_merge(scores, item_ids, log_probs, k, shared)
 
 
 def max_merge(scores: Tensor, item_ids: Tensor, k: int) -> Recommendations:
@@ -195,22 +202,25 @@ def mixture_merge(scores: Tensor, item_ids: Tensor, log_probs: Tensor, k: int) -
     return _ranked(distinct, total, k)
 
 
-def quota_merge(scores: Tensor, item_ids: Tensor, log_probs: Tensor, k: int) -> Recommendations:
-    """Lists (B, K, N) share the k places in proportion to the probabilities ``exp(log_probs)`` (B, K).
+def quota_merge(
+    scores: Tensor, item_ids: Tensor, log_probs: Tensor, k: int, shared: int | None = None
+) -> Recommendations:
+    """Lists (B, K, N) share places in proportion to the probabilities ``exp(log_probs)`` (B, K): `shared`, or else k.
 
-    List j gets k p_j / sum p places, rounded by largest remainder; of equal remainders the likelier interest's, then
-    the first's, is rounded up. Places are given in turns, so that also the first few are shared by probability: the
-    next turn is that of the list with the smallest (places taken + 1/2) / (its places), of equals the likelier one's.
-    In its turn a list takes its best item that is not taken yet; items that score alike there are taken together and
-    share the place. A list that runs out gives up its turns; places that are left go to the items with the best score
-    in any list.
+    List j gets the part p_j / sum p of them, rounded by largest remainder; of equal remainders the likelier
+    interest's, then the first's, is rounded up. Places are given in turns, so that also the first few are shared by
+    probability: the next turn is that of the list with the smallest (places taken + 1/2) / (its places), of equals the
+    likelier one's. In its turn a list takes its best item that is not taken yet; items that score alike there are taken
+    together and share the place. A list that runs out gives up its turns; places that are left go to the items with
+    the best score in any list.
 
     Returns:
         Items in the order in which they were taken; a score is minus the number of items that are ahead.
     """
     order = log_probs.argsort(dim=1, descending=True, stable=True)  # (B, K) likelier first
     scores, item_ids = (part.gather(1, order[..., None].expand_as(part)) for part in (scores, item_ids))
-    places = apportion(log_probs.double().softmax(1).gather(1, order), k)  # (B, K)
+    shared = k if shared is None else shared
+    places = apportion(log_probs.double().softmax(1).gather(1, order), shared)  # (B, K)
     distinct, column = _columns(item_ids)
     ahead = torch.full_like(distinct, -1)  # (B, R) items before it; -1 is not taken
     ahead = ahead.masked_fill(distinct == 0, 0)  # padding is never there to take

@@ -102,6 +102,7 @@ class Evaluator(nn.Module):
         vectors = catalog.text_embeddings() if thorough and catalog.text is not None else None
         level1: Tensor | None = None  # (I+1,)
         self.semantic_ids: SemanticIdMetrics | None = None
+        self.generates = False  # a model can have semantic IDs and generate none
         if thorough and trie is not None:
             level1 = trie.codes_of_leaf[trie.leaf_of_item, 0]
             self.semantic_ids = SemanticIdMetrics(settings.ks, trie.leaf_of_item)
@@ -134,6 +135,7 @@ class Evaluator(nn.Module):
         if self.semantic_ids is not None and answered.generated is not None:
             leaves, log_probs = answered.generated
             self.semantic_ids.update(leaves, log_probs, batch.target, ranks[""])
+            self.generates = True
         answer = ranks[""].relevant  # (B, N)
         columns = [batch.user[:, None].expand_as(answer), batch.target]
         for first, tied, _ in ranks.values():
@@ -150,7 +152,7 @@ class Evaluator(nn.Module):
             if self.lists:
                 parts |= self._lists(column).compute()
             found |= {f"{column}/{name}": value for name, value in parts.items()}
-        if self.semantic_ids is not None:
+        if self.semantic_ids is not None and self.generates:
             found |= {f"/{name}": value for name, value in self.semantic_ids.compute().items()}
         # Users of the data set that were not judged: too few interactions for an answer, or batches left out.
         found["/users_left_out"] = self.num_users - found["/users"]

@@ -9,12 +9,13 @@ import yaml
 
 from recsys_lightning.retrieval.fusion_weights import FusionWeights
 
+NAMES = "fusion, cosines, learned-fusion, temperature, interests, codes"
 SMALL = ["--beams", 2, 4, "--taus", 0.5, 1.0, "--psis", 8, "--k", 5]
 
 
 @pytest.fixture(scope="session")
 def runs(trained_once, tmp_path_factory) -> Path:
-    """A folder with a trained COBRA, its tokenizer, a COBRA without IDs and a popularity run."""
+    """A folder with a trained COBRA, its tokenizer, a COBRA without IDs, a popularity run and two of SPARC."""
     from recsys_lightning.cli import main
 
     folder = tmp_path_factory.mktemp("studied")
@@ -23,6 +24,14 @@ def runs(trained_once, tmp_path_factory) -> Path:
     dense["init_args"]["decoder"] = {"num_layers": 1, "num_heads": 2}
     for name, model in (("dense", dense), ("popularity", {"class_path": "Popularity"})):
         config["model"]["init_args"]["model"] = model
+        config["run_dir"] = str(folder / name)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        assert main(["fit", "-c", str(folder / f"{name}.yaml")]) == 0
+    # Two SPARC runs of the same start and four steps, with codebooks that learn and with frozen ones.
+    for name, joint in (("sparc", True), ("static", False)):
+        books = {"num_levels": 2, "num_codes": 4, "warmup_steps": 1, "joint": joint}
+        settings = {"dim": 16, "codebooks": books, "search": {"num_interests": 2, "merge": "quota"}}
+        config["model"]["init_args"]["model"] = {"class_path": "SPARC", "init_args": settings}
         config["run_dir"] = str(folder / name)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         assert main(["fit", "-c", str(folder / f"{name}.yaml")]) == 0
@@ -113,6 +122,67 @@ def test_learned_fusion_leaves_weights_that_can_be_opened(runs, recsys, tmp_path
     assert "train 25 of 60; val 25 of 60; test 25 of 60" in output.read_text()
 
 
+def test_temperature_of_a_trained_sparc(runs, recsys, tmp_path):
+    output = tmp_path / "temperature.md"
+    words = ["--temperatures", 0.1, 1, 10, "--merges", "quota", "sum", "--k", 5, "--stage", "test"]
+    done = recsys("study", "temperature", runs / "sparc", *words, "--output", output)
+    assert done.status == 0, done.err
+    assert "60 of 60 users of the test split" in check_report(output, "temperature.png")
+    rows = table(output.with_suffix(".csv"))
+    assert [(row["merge"], row["temperature"]) for row in rows] == [
+        ("-", "top-1"),
+        *((merge, T) for merge in ("quota", "sum") for T in ("0.1", "1", "10", "uniform")),
+        ("max", "-"),
+    ]
+    assert [row["temperature"] for row in rows if row["own"] == "true"] == ["1"]
+    words = ["--num_interests", 4, "--users", 20, "--seed", 2, "--temperatures", 1, "--output", output]
+    assert recsys("study", "temperature", runs / "sparc", *words).status == 0
+    text = output.read_text()
+    assert "20 of 60 users of the val split, found by the exact index with 4 interests a user" in text
+    assert len(table(output.with_suffix(".csv"))) == 1 + 3 * 2 + 1
+
+
+def test_interests_of_two_trainings(runs, recsys, tmp_path):
+    output = tmp_path / "interests.md"
+    words = ["--k", 5, "--calls", 2, "--output", output]
+    done = recsys("study", "interests", runs / "sparc", runs / "static", *words)
+    assert done.status == 0, done.err
+    text = check_report(output, "interests.png")
+    assert "median of 2 calls of one user, and of 3 calls of up to 256 users; one thread" in text
+    rows = table(output.with_suffix(".csv"))
+    assert [row["interests"] for row in rows] == ["1", "2", "4"] * 2
+    assert {row["own"] for row in rows if row["interests"] == "2"} == {"true"}
+    assert all(float(row["ms"]) > 0 for row in rows)
+    words = ["--numbers", 3, "--stage", "test", "--users", 9, *words]
+    assert recsys("study", "interests", runs / "sparc", *words).status == 0
+    assert [row["interests"] for row in table(output.with_suffix(".csv"))] == ["3"]
+    assert "9 of 60 users of the test split" in output.read_text()
+
+
+def test_codes_before_and_after_joint_training(runs, recsys, tmp_path):
+    output = tmp_path / "codes.md"
+    done = recsys("study", "codes", runs / "static", runs / "sparc", "--output", output)
+    assert done.status == 0, done.err
+    text = check_report(output, "codes.png")
+    assert "Changes are counted from" in text
+    assert "and their counterparts in" in text
+    assert sum(int(row["items"]) for row in table(output.with_suffix(".csv"))) == 2 * 20
+    measures = table(tmp_path / "codes-measures.csv")
+    assert [(row["field"], row["level"]) for row in measures] == [("categories", "1"), ("categories", "2")] * 2
+    assert sum(int(row["items_in_both"]) for row in table(tmp_path / "codes-changes.csv")) > 0
+
+    one = ["--before", "last", "--levels", 2, "--text_fields", "title", "--shown", 1, "--output", output]
+    done = recsys("study", "codes", runs / "sparc", *one)
+    assert done.status == 0, done.err
+    text = check_report(output, "codes.png")
+    assert "(last.ckpt)" in text
+    assert "The 1 largest of" in text
+    assert "| words of | title |" in text
+    # COBRA's codes are given to it; they can be studied too, here by brand.
+    assert recsys("study", "codes", runs / "cobra", "--field", "brand", "--levels", 1, "--output", output).status == 0
+    assert "the field `brand`" in output.read_text()
+
+
 def test_another_checkpoint_can_be_named(runs, recsys, tmp_path):
     output = tmp_path / "last.md"
     words = ["--ckpt_path", "last", "--users", 10, "--output", output]
@@ -121,16 +191,20 @@ def test_another_checkpoint_can_be_named(runs, recsys, tmp_path):
 
 
 def test_help_lists_studies_and_options(recsys):
-    assert "learned-fusion" in recsys("study", "--help").out
-    assert recsys("study", "fusion", "--help").status == 0
+    listed = recsys("study", "--help").out
+    for name in NAMES.split(", "):
+        assert f"\n  {name} " in listed
+        done = recsys("study", name, "--help")
+        assert done.status == 0
+        assert "--output" in done.out
     assert "study" in recsys("--help").out
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "name one of fusion, cosines, learned-fusion"),
-        (["fussion"], "no study 'fussion'; there are fusion, cosines, learned-fusion; did you mean 'fusion'?"),
+        ([], f"name one of {NAMES}"),
+        (["fussion"], f"no study 'fussion'; there are {NAMES}; did you mean 'fusion'?"),
         (["fusion"], "required: RUN, --output"),
         (["fusion", "{runs}/cobra"], "required: --output"),
         (["fusion", "{runs}/none", "--output", "{out}/a.md"], "no run folder"),
@@ -147,6 +221,19 @@ def test_help_lists_studies_and_options(recsys):
         (["fusion", "{runs}/cobra", "--output", "{out}/a.md", "--ckpt_path", "{out}/no.ckpt"], "no checkpoint"),
         (["learned-fusion", "{runs}/cobra", "--output", "{out}/a.md", "--resamples", "5"], "needs at least 100"),
         (["learned-fusion", "{runs}/cobra", "--output", "{out}/a.md", "--lr", "0"], "lr above 0"),
+        (["temperature", "{runs}/cobra", "--output", "{out}/a.md"], "a run of COBRA; this study is of trained SPARC"),
+        (["codes", "{runs}/popularity", "--output", "{out}/a.md"], "this study is of trained COBRA or SPARC runs"),
+        (["codes", "{runs}/dense", "--output", "{out}/a.md"], "has no semantic IDs: there are no codes to study"),
+        (["temperature", "{runs}/sparc", "{runs}/static", "--output", "{out}/a.md"], "differ in more than their seed"),
+        (["temperature", "{runs}/sparc", "--temperatures", "0", "--output", "{out}/a.md"], "finite values above 0"),
+        (["temperature", "{runs}/sparc", "--num_interests", "9", "--output", "{out}/a.md"], "has 4 codes at level 1"),
+        (["interests", "{runs}/sparc", "--numbers", "1", "5", "--output", "{out}/a.md"], "has 4 codes at level 1"),
+        (["codes", "{runs}/sparc", "--field", "genre", "--output", "{out}/a.md"], "no text field 'genre'; there are"),
+        (
+            ["codes", "{runs}/sparc", "{runs}/static", "--before", "last", "--output", "{out}/a.md"],
+            "--before sets a checkpoint of one run before it",
+        ),
+        (["codes", "{runs}/sparc", "--seed", "3", "--output", "{out}/a.md"], "no option '--seed'"),
         (["cosines", "{runs}/dense", "--output", "{out}/a.md"], "has no semantic IDs: name their file"),
         (["cosines", "{runs}/cobra", "--semantic_ids", "{out}/x", "--output", "{out}/a.md"], "no semantic IDs at"),
     ],

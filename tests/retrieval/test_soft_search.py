@@ -67,10 +67,10 @@ def quota_by_hand(lists: list[list[tuple[int, float]]], p: list[float], k: int) 
     return taken | {item: -float(len(taken) + sum(other > s for other in best.values())) for item, s in best.items()}
 
 
-def merged_by_hand(lists: list[list[tuple[int, float]]], p: list[float], k: int, merge: str) -> dict[int, float]:
-    """Item -> score for one user, a list and an item at a time."""
+def merged_by_hand(lists: list[list[tuple[int, float]]], p: list[float], shared: int, merge: str) -> dict[int, float]:
+    """Item -> score for one user, a list and an item at a time; `shared` places are shared out by quota."""
     if merge == "quota":
-        return quota_by_hand(lists, p, k)
+        return quota_by_hand(lists, p, shared)
     scores = {}
     for item in {item for found in lists for item, _ in found}:
         held = [(j, dict(found)[item]) for j, found in enumerate(lists) if item in dict(found)]
@@ -105,7 +105,7 @@ def test_a_merge_is_its_rule_applied_one_item_at_a_time(merge, whole, num_querie
     found = Found(*(part.view(7, num_queries, -1) for part in found))
     recommended = soft_search(index, queries, log_probs, k, merge, per_query, score_temperature=0.5)
     for user in range(7):
-        by_hand = merged_by_hand(lists_of(found, user), log_probs[user].exp().tolist(), k, merge)
+        by_hand = merged_by_hand(lists_of(found, user), log_probs[user].exp().tolist(), per_query, merge)
         agrees(recommended, user, ranking(by_hand, k))
 
 
@@ -382,3 +382,13 @@ def test_tensors_that_do_not_fit_the_queries_are_refused():
         soft_search(
             index, queries, torch.zeros(2, 2), 2, restrict_to=Cells(torch.zeros(10, dtype=torch.long), codes[:1])
         )
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_with_lists_of_a_fixed_length_the_first_places_do_not_depend_on_how_many_are_wanted(merge):
+    """An evaluation wants more places for a batch in which somebody has seen much."""
+    index = TorchIndex(numbers(80, 6, seed=1))
+    queries, log_probs = numbers(7, 3, 6, seed=2), probabilities(7, 3)
+    few, many = (soft_search(index, queries, log_probs, k, merge, per_query=20).first(10) for k in (10, 35))
+    assert torch.equal(few.item_ids, many.item_ids)
+    torch.testing.assert_close(few.scores, many.scores)
