@@ -14,7 +14,7 @@ from recsys_lightning.errors import InputError
 # What a table or a report is made of; every run writes them all.
 _PARTS = ("metrics", "run", "model", "seed", "data", "hardware", "seconds_by_command", "code", "config")
 
-# Keys of a configuration that say where a run lies and which command came last, not what was trained.
+# Keys of a configuration that say where a run lies, which command came last and what is watched, not what was trained.
 PLACES = (
     "run_dir",
     "ckpt_path",
@@ -23,6 +23,7 @@ PLACES = (
     "trainer.logger",
     "trainer.default_root_dir",
     "checkpoint.dirpath",
+    "codebook_health",
 )
 _SEEDS = ("seed_everything", "data.init_args.seed")
 _SEED = re.compile(r"(?<![a-z])seed[=_-]?\d+", re.IGNORECASE)  # as in runs/cobra/beauty-seed43

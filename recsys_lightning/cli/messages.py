@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from recsys_lightning.cli import closest, nearest
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
+from recsys_lightning.training.codebook_health import CodebookHealth
 
 # What the top-level keys of a configuration build; everything below follows from signatures.
 ROOTS: dict[str, type] = {
@@ -32,6 +33,7 @@ ROOTS: dict[str, type] = {
     "trainer": L.Trainer,
     "checkpoint": ModelCheckpoint,
     "early_stopping": EarlyStopping,
+    "codebook_health": CodebookHealth,
 }
 _SUBCLASS_ROOTS = ("model", "data")
 _SUFFIXES = (".yaml", ".yml", ".json")

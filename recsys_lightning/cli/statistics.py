@@ -1,4 +1,4 @@
-"""The tables that `recsys prepare`, `validate` and `test` print."""
+"""The tables that `recsys prepare`, `fit`, `validate` and `test` print."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys_lightning.analysis.compare import DEFAULT_METRICS
+from recsys_lightning.training.codebook_health import CodebookReport
+
+STAGES = ("train", "val", "test")
 
 
 def print_statistics(statistics: dict[str, Any]) -> None:
@@ -20,13 +23,18 @@ def print_statistics(statistics: dict[str, Any]) -> None:
         "interactions": f"{statistics['interactions']:,}",
         "density": f"{statistics['density']:.6f}",
         "interactions a user": "mean {mean:.2f}, median {median:g}, from {min} to {max}".format(**length),
-        "train / validation / test": " / ".join(f"{split[name]:,}" for name in ("train", "val", "test")),
+        "split": statistics["split_rule"],
+        "train / validation / test": " / ".join(f"{split[name]:,}" for name in STAGES),
+        "their users": " / ".join(f"{statistics['split_users'][name]:,}" for name in STAGES),
     }
+    if statistics["only_history"]:
+        rows["only history of held-out users"] = f"{statistics['only_history']:,}"
     cold = statistics["cold_items"]
     if cold["items"]:
         struck = f"{cold['items']:,}, with {cold['struck_interactions']:,} interactions"
         rows["items held out of training"] = struck
     rows |= {f"items with {name}": f"{share:.1%}" for name, share in statistics["text_coverage"].items()}
+    rows |= {f"users with {name}": f"{share:.1%}" for name, share in statistics["user_coverage"].items()}
     rows["items without any text"] = f"{statistics['items_without_text']:,}"
     rows |= {f"dropped: {reason}": f"{count:,}" for reason, count in statistics["dropped"].items()}
     for file, counts in statistics["rejects"].items():
@@ -64,3 +72,22 @@ def print_metrics(metrics: Mapping[str, float], where: Path) -> None:
             users = f"{values['users']:.0f}" if "users" in values else ""
             table.add_row(group, users, *(f"{values[name]:.4f}" if name in values else "" for name in shown))
     Console().print(table)
+
+
+def print_codebooks(report: CodebookReport) -> None:
+    """Print how the whole catalogue uses the codebooks, one line a level, and below it what is wrong with them."""
+    if report.levels:
+        table = Table(title=f"codebooks of {report.judged}")
+        for title in ("level", "codes", "dead", "perplexity", "of the codes", "entropy / log codes"):
+            table.add_column(title, justify="right")
+        for row in report.levels:
+            shares = f"{row.perplexity / row.size:.0%}", f"{row.entropy:.3f}"
+            table.add_row(f"{row.level}", f"{row.size}", f"{row.dead_codes}", f"{row.perplexity:.1f}", *shares)
+        Console().print(table)
+    print_codebook_warning(report)
+
+
+def print_codebook_warning(report: CodebookReport) -> None:
+    """Print what is wrong with the codebooks on one line, red on a terminal; nothing if they are well."""
+    if report.warning is not None:
+        Console().print(report.warning, style="bold red", soft_wrap=True, highlight=False, markup=False)

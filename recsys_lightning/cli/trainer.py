@@ -31,10 +31,16 @@ from recsys_lightning.cli.messages import (
     unresolved,
     while_running,
 )
-from recsys_lightning.cli.statistics import print_metrics, print_statistics
+from recsys_lightning.cli.statistics import (
+    print_codebook_warning,
+    print_codebooks,
+    print_metrics,
+    print_statistics,
+)
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
 from recsys_lightning.memory import keep_freed_memory
+from recsys_lightning.training.codebook_health import CodebookHealth, codebook_report
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.record import PredictionWriter, RunRecord
 from recsys_lightning.training.tokenizer import TokenizerModule  # noqa: F401
@@ -123,7 +129,7 @@ class RecsysCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _WITHOUT_TRAINER}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run folder, and the two callbacks every run has."""
+        """The run folder, and the callbacks every run has."""
         parser.add_argument(
             "--run_dir",
             type=str,
@@ -139,6 +145,7 @@ class RecsysCLI(LightningCLI):
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(CodebookHealth, "codebook_health")
         monitor = {"monitor": "val/ndcg@10", "mode": "max"}
         fixed: dict[str, Any] = {"filename": "best", "save_last": True}
         fixed |= {"auto_insert_metric_name": False, "enable_version_counter": False}
@@ -267,11 +274,20 @@ class RecsysCLI(LightningCLI):
     def audit(self, **_: Any) -> None:
         """All is built: `recsys audit` goes on from here."""
 
+    def after_fit(self) -> None:
+        """Print what became of the codebooks, if the model has any."""
+        report = codebook_report(self.trainer)
+        if self.trainer.is_global_zero and report is not None:
+            print_codebooks(report)
+
     def after_test(self) -> None:
         """Print the headline; Lightning would print each of some hundred metrics on its own line."""
         if self.trainer.is_global_zero:
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
             print_metrics(metrics, Path(self.trainer.default_root_dir) / "results.json")
+        report = codebook_report(self.trainer)
+        if self.trainer.is_global_zero and report is not None:
+            print_codebook_warning(report)
 
     after_validate = after_test
 

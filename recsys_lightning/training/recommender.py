@@ -53,6 +53,7 @@ class RecommenderModule(L.LightningModule):
         self.index: ItemIndex | None = None
         self.evaluator: Evaluator | None = None
         self.rank_table: RankTable | None = None  # of the last evaluation
+        self.step_losses: dict[str, Tensor] = {}  # of the training step under way, until its backward pass is done
 
     def configure_model(self) -> None:
         """Build the model as soon as the data module can say which items there are."""
@@ -73,7 +74,12 @@ class RecommenderModule(L.LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor | None:
         """The sum of the model's losses; each is logged by name, and so is the sum."""
-        return log_losses(self, self.built.losses(batch), len(batch))
+        self.step_losses = self.built.losses(batch)
+        return log_losses(self, self.step_losses, len(batch))
+
+    def on_after_backward(self) -> None:
+        """Let go of the losses, and of the graph behind them."""
+        self.step_losses = {}
 
     def on_validation_epoch_start(self) -> None:
         """Encode the catalogue once, and start counting."""

@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 import recsys_lightning
 from recsys_lightning.data.datamodules import CatalogDataModule, SequenceDataModule
 from recsys_lightning.files import replacing
+from recsys_lightning.training.codebook_health import codebook_report
 from recsys_lightning.training.evaluation import RankTable
 from recsys_lightning.training.recommender import RecommenderModule
 
@@ -33,7 +34,8 @@ class RunRecord(SaveConfigCallback):
     ``config.yaml`` is the configuration of `fit`; later commands on the same run write ``config-test.yaml`` and so on.
     ``results.json`` holds ``metrics`` (flat; ``val/...`` of the checkpoint that is kept as best, ``test/...`` of the
     last test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command, ``epochs``,
-    ``steps``, ``code``, and ``evidence`` of what was trained and validated on, for `recsys audit`. Commands on one run
+    ``steps``, ``code``, and ``evidence`` of what was trained and validated on, for `recsys audit`; of a model with
+    codebooks of its own also ``codebooks`` (a row a level) and ``collapsed``, see `CodebookHealth`. Commands on one run
     add to the file. Beside it, ``ranks-val.parquet`` and ``ranks-test.parquet`` hold the rank of every answer (see
     `RankTable`) by raw ids, for tests that pair users.
     """
@@ -110,6 +112,9 @@ class RunRecord(SaveConfigCallback):
         if command == "fit":
             results["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
         results["evidence"] = _evidence(trainer) if command == "fit" else known.get("evidence", {})
+        report = codebook_report(trainer)
+        if report is not None:
+            results |= report.record()
         with replacing(path) as file:
             file.write(json.dumps(results, indent=1).encode())
 

@@ -54,6 +54,7 @@ class TokenizerModule(L.LightningModule):
         self.build_tokenizer, self.optimizer = tokenizer, optimizer
         self.schedule, self.warmup_steps = schedule, warmup_steps
         self.tokenizer: ItemTokenizer | None = None
+        self.step_losses: dict[str, Tensor] = {}  # of the training step under way, until its backward pass is done
 
     def configure_model(self) -> None:
         """Build the tokenizer as soon as the data module can say how wide the embeddings are."""
@@ -92,7 +93,12 @@ class TokenizerModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
-        return log_losses(self, self.built.losses(batch), len(batch))
+        self.step_losses = self.built.losses(batch)
+        return log_losses(self, self.step_losses, len(batch))
+
+    def on_after_backward(self) -> None:
+        """Let go of the losses, and of the graph behind them."""
+        self.step_losses = {}
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the losses on a part of the items that may be learned from."""
@@ -141,17 +147,27 @@ class TokenizerModule(L.LightningModule):
         self.log_dict(values, batch_size=len(batch), sync_dist=True)
 
     def _log_usage(self, table: SemanticIds, stage: str) -> None:
-        report = table.collision_report()
-        values: dict[str, float] = {
-            "collision_rate": report.collision_rate,
-            "cells": report.num_cells,
-            "largest_cell": report.largest_cell,
-        }
-        for level in range(len(report.perplexity)):
-            values[f"perplexity@{level + 1}"] = report.perplexity[level]
-            values[f"entropy@{level + 1}"] = report.entropy_share[level]
-            values[f"dead_codes@{level + 1}"] = self.built.num_codes - report.used_codes[level]
-        self.log_dict({f"{stage}/{name}": float(value) for name, value in values.items()}, sync_dist=True)
+        values = {f"{stage}/{name}": value for name, value in usage_metrics(table).items()}
+        self.log_dict(values, sync_dist=True)
+
+
+def usage_metrics(table: SemanticIds) -> dict[str, float]:
+    """What is logged of the codes in a table, by name: cells and collisions, and how each level's codes are used.
+
+    ``collision_rate``, ``cells``, ``largest_cell``, and for each level l from 1 ``perplexity@l``, ``entropy@l`` (share
+    of log K) and ``dead_codes@l``.
+    """
+    report = table.collision_report()
+    values: dict[str, float] = {
+        "collision_rate": report.collision_rate,
+        "cells": report.num_cells,
+        "largest_cell": report.largest_cell,
+    }
+    for level in range(table.num_levels):
+        values[f"perplexity@{level + 1}"] = report.perplexity[level]
+        values[f"entropy@{level + 1}"] = report.entropy_share[level]
+        values[f"dead_codes@{level + 1}"] = table.num_codes - report.used_codes[level]
+    return {name: float(value) for name, value in values.items()}
 
 
 def describe(report: CollisionReport) -> str:

@@ -230,6 +230,51 @@ def test_without_checkpointing_there_are_no_checkpoints(trained, recsys):
     assert not (trained / "bare" / "checkpoints").exists()
 
 
+# ------------------------------------------------------------------------------------------------------- codebooks
+
+
+def test_a_fit_ends_with_the_state_of_the_codebooks_which_stands_in_the_results(trained, recsys):
+    outcome = recsys("fit", "-c", trained / "rqvae.yaml", "--run_dir", trained / "healthy")
+    assert outcome.status == 0, outcome.err
+    found = results(trained / "healthy")
+    assert [row["level"] for row in found["codebooks"]] == [1, 2]
+    assert all(set(row) == {"level", "perplexity", "size", "entropy", "dead_codes"} for row in found["codebooks"])
+    assert found["codebooks"][0]["size"] == 4
+    assert found["collapsed"] is False
+    assert "codebooks of best.ckpt" in outcome.out
+    assert f"{found['codebooks'][0]['perplexity']:.1f}" in outcome.out
+    assert "WARNING" not in outcome.out
+
+
+def test_a_collapse_is_said_after_fit_and_again_after_test_and_stands_in_the_results(trained, recsys):
+    # Nothing is above a share of 1: what is planted here is the bar.
+    bar = ("--run_dir", trained / "ill", "--codebook_health.min_perplexity_share", "1")
+    for command in ("fit", "test"):
+        outcome = recsys(command, "-c", trained / "rqvae.yaml", *bar)
+        assert outcome.status == 0, outcome.err
+        warning = next(line for line in outcome.out.splitlines() if line.startswith("WARNING: "))
+        assert warning.startswith("WARNING: the level-1 codebook of best.ckpt has collapsed: perplexity ")
+        assert "\x1b" not in outcome.out, "no colours off a terminal"
+        assert results(trained / "ill")["collapsed"] is True
+
+
+def test_a_collapse_is_red_on_a_terminal(trained, recsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = recsys("test", "-c", trained / "rqvae.yaml", "--codebook_health.min_perplexity_share", "1").out
+    assert "\x1b[1;31mWARNING: the level-1 codebook" in out
+
+
+def test_a_model_without_codebooks_says_nothing_of_them(trained_once):
+    assert not {"codebooks", "collapsed"} & set(results(trained_once / "cobra"))
+
+
+def test_a_wrong_codebook_setting_is_one_line(trained, recsys):
+    error = recsys("fit", "-c", trained / "rqvae.yaml", "--codebook_health.gradient_every_n_steps", "-1").error
+    assert "codebook_health.gradient_every_n_steps=-1 must be 0 (off) or more" in error
+
+
 # ------------------------------------------------------------------------------------------ what is missing or wrong
 
 
