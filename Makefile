@@ -4,7 +4,7 @@
 #   DEVICE=gpu          install the CUDA build of torch and FAISS on GPU (default: cpu, or gpu where nvidia-smi answers)
 #   PYTHON=python3.12   the interpreter the environment is made with
 #   VENV=.venv          where the environment lies
-#   GRID=FILE           the grid of `make ablate` and `make ablate-cobra`
+#   GRID=FILE           the grid of `make ablate`, `make ablate-cobra` and `make ablate-sparc`
 #   ARGS='...'          further options of them, such as -j 2 or --data.raw_dir DIR
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,7 +20,7 @@ TORCH_cpu := torch==2.13.0
 TORCH_gpu := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format ablate ablate-cobra bench-evaluation bench-retrieval bench-cobra clean
+.PHONY: help install demo test test-slow check format ablate ablate-cobra ablate-sparc bench-evaluation bench-retrieval bench-cobra clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -60,6 +60,10 @@ ablate: $(STAMP) ## run the ablation grid GRID=experiments/ablations/....yaml
 # On a machine with a GPU the paper's setting, else one that two CPU cores can train.
 ablate-cobra: GRID ?= experiments/ablations/$(if $(filter gpu,$(DEVICE)),cobra,cobra_cpu).yaml
 ablate-cobra: ablate ## COBRA, one difference at a time
+
+# The Books grid needs its tables: ARGS="--data.raw_dir DIR" names their folder.
+ablate-sparc: GRID ?= experiments/ablations/sparc_cpu.yaml
+ablate-sparc: ablate ## SPARC, one difference at a time
 
 # The runs that these need: `recsys fit` with experiments/rqvae/beauty_cpu.yaml, then experiments/cobra/beauty_cpu.yaml.
 bench-evaluation: $(STAMP) ## what an evaluation costs, on the Beauty files and with a trained COBRA

@@ -1,7 +1,7 @@
 """The leakage audit: whether a trained run can have learned anything from its validation and test items.
 
 It trusts no part of the run. Data and models are built twice, from the data as they are and with other items in the
-place of the held-out answers, and nothing that training reads may change; what can be counted is counted again; and the
+place of what is held out, and nothing that training reads may change; what can be counted is counted again; and the
 checkpoint is tied to what was counted. Two things it takes as given: the prepared data themselves, and that the cached
 text embeddings are what the text encoder makes of the texts.
 """
@@ -22,15 +22,12 @@ import yaml
 from recsys_lightning.analysis.audit_check import Check, not_checked, verdict
 from recsys_lightning.analysis.audit_data import (
     Batch,
-    Recount,
     TrainingPairs,
     TrainingRows,
     check_evaluation,
     check_item_statistics,
     check_scrambling,
-    check_split,
     check_train_batches,
-    recount,
     scrambled,
 )
 from recsys_lightning.analysis.audit_model import (
@@ -40,6 +37,7 @@ from recsys_lightning.analysis.audit_model import (
     check_texts,
 )
 from recsys_lightning.analysis.audit_record import check_evidence, check_provenance, check_selection
+from recsys_lightning.analysis.audit_split import Recount, check_split, recount
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.datamodules import CatalogDataModule, SequenceDataModule
 from recsys_lightning.data.sequences import Stage
@@ -85,10 +83,11 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class _Worlds:
-    """The data as they are, and twice with other items as answers."""
+    """The data as they are, and with other items in the place of what is held out."""
 
     clean: CatalogDataModule
-    both: CatalogDataModule  # all held-out answers are other items
+    untrained: CatalogDataModule  # all interactions are others that nobody may be trained on
+    both: CatalogDataModule  # all held-out answers are
     test: CatalogDataModule  # the test answers are
     counted: Recount
 
@@ -108,7 +107,7 @@ def audit(run: TrainedRun, tokenizer: TrainedRun | None = None, no_tokenizer: st
     worlds = _build_worlds(run.data)
     yield from _data_checks(worlds)
     if worlds.clean.catalog.text is not None:
-        yield check_texts(worlds.clean.catalog, worlds.both.catalog)
+        yield check_texts(worlds.clean.catalog, worlds.untrained.catalog)
     meanings = list(_semantic_checks(run, tokenizer, no_tokenizer, worlds))
     yield from meanings
     try:
@@ -144,20 +143,26 @@ def _build_worlds(data: CatalogDataModule) -> _Worlds:
     data.prepare_data()
     data.setup()
     interactions = data.data.interactions
-    counted = recount(interactions, data.split.cold)
-    if not len(counted.users) or interactions.num_items < 2:
-        raise InputError("nothing is held out in these data: no user has 3 interactions, or there is only one item")
-    answers = np.concatenate([counted.validation, counted.test])
+    counted = recount(interactions, data.splitter, data.split.cold)
+    if not counted.num_evaluated or interactions.num_items < 2:
+        raise InputError(
+            "nothing is held out in these data: no user has enough interactions, or there is only one item"
+        )
+    answers, untrained = counted.answers("val", "test"), counted.untrained(interactions)
+    both = data.with_interactions(scrambled(interactions, answers))
+    # Under leave-one-out they are the same; under a user split the histories of held-out users are not trained on.
+    same = np.array_equal(answers, untrained)
     return _Worlds(
         clean=data,
-        both=data.with_interactions(scrambled(interactions, answers)),
-        test=data.with_interactions(scrambled(interactions, counted.test, seed=1)),
+        untrained=both if same else data.with_interactions(scrambled(interactions, untrained)),
+        both=both,
+        test=data.with_interactions(scrambled(interactions, counted.answers("test"), seed=1)),
         counted=counted,
     )
 
 
 def _data_checks(worlds: _Worlds) -> Iterator[Check]:
-    clean, both, counted = worlds.clean, worlds.both, worlds.counted
+    clean, both, counted, other = worlds.clean, worlds.both, worlds.counted, worlds.untrained
     interactions = clean.data.interactions
     known: TrainingPairs | TrainingRows | None = None
     stages: tuple[Stage, ...] = ("train", *_EVALUATED)
@@ -169,8 +174,8 @@ def _data_checks(worlds: _Worlds) -> Iterator[Check]:
         yield check_scrambling(*batches)
     elif clean.catalog.text is not None:
         known = TrainingRows.of(clean.catalog.text_embeddings(), counted.cold)
-    yield check_train_batches(clean.train_dataloader(), both.train_dataloader(), known)
-    yield check_item_statistics(interactions, counted, clean.catalog.train_counts, both.catalog.train_counts)
+    yield check_train_batches(clean.train_dataloader(), other.train_dataloader(), known)
+    yield check_item_statistics(interactions, counted, clean.catalog.train_counts, other.catalog.train_counts)
     loaders = ({stage: _batches(world, stage) for stage in _EVALUATED} for world in (clean, both, worlds.test))
     yield check_evaluation(*loaders)
 
@@ -190,7 +195,7 @@ def _model_checks(build: Build, state: State, worlds: _Worlds) -> Iterator[Check
         yield check_catalogue_facts(model, state)
     del model
     batches = list(islice(clean.train_dataloader(), _LOSS_BATCHES))
-    yield check_losses(build, clean.catalog, worlds.both.catalog, state, batches)
+    yield check_losses(build, clean.catalog, worlds.untrained.catalog, state, batches)
 
 
 def _semantic_checks(
@@ -229,7 +234,7 @@ def _check_tokenizer_batches(maker: TrainedRun, worlds: _Worlds) -> Check:
         return not_checked(name, f"the data of {maker.folder} cannot be read: {error}")
     if data.data.fingerprint != worlds.clean.data.fingerprint:
         return verdict(name, [f"{maker.folder} was trained on other data ({data.data.fingerprint[:12]})"], "")
-    changed = data.with_interactions(worlds.both.data.interactions)
+    changed = data.with_interactions(worlds.untrained.data.interactions)
     # Of the items that this run holds out, whatever the tokenizer's own settings say.
     known = TrainingRows.of(data.catalog.text_embeddings(), worlds.counted.cold)
     return check_train_batches(data.train_dataloader(), changed.train_dataloader(), known, name)

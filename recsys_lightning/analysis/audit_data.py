@@ -1,12 +1,9 @@
-"""The leakage audit's checks of data: an independent recount, and what training sees when held-out answers change.
+"""The leakage audit's checks of batches and counts: what training sees when held-out answers change.
 
-The recount is a loop over users that knows nothing of `leave_one_out`. The second half is non-interference: the data
-are built again with other items in the place of the held-out answers, and nothing that training reads may change.
+They are checks of non-interference: the data are built again with other items in the place of what is held out, and
+nothing that training reads may change; and beside that, training holds nothing but what a recount of the split allows.
 
-What the protocol itself lets through is no leak here: the k-core counts held-out interactions too, and under
-leave-one-out one user's training may lie later in time than another user's test.
-
-Axis letters: U users, N interactions, I items, E users that are evaluated.
+Axis letters: U users, N interactions, I items.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,70 +16,18 @@ import torch
 from torch import Tensor
 
 from recsys_lightning.analysis.audit_check import Check, verdict
-from recsys_lightning.data.interactions import IntArray, Interactions, Split
-from recsys_lightning.data.sequences import SequenceBatch, SequenceDataset, Stage
+from recsys_lightning.analysis.audit_split import Recount
+from recsys_lightning.data.interactions import IntArray, Interactions
+from recsys_lightning.data.sequences import SequenceBatch, Stage
 
 Batch = SequenceBatch | Tensor
-INPUTS = ("user", "history", "seen", "rows")  # what a model may look at when it is asked for its answer
-
-
-class Recount(NamedTuple):
-    """What leave-one-out makes of interactions, counted by a loop over users."""
-
-    users: IntArray  # (E,) users with 3 interactions or more, who have a held-out answer of each kind
-    validation: IntArray  # (E,) position of each one's validation answer in `Interactions`
-    test: IntArray  # (E,)
-    train_stop: IntArray  # (U,) where each user's training ends
-    cold: IntArray  # items that are held out of training
-    closed: IntArray  # (U+1,) the bounds of each user's training once those are struck and all is closed up
-    repeats: int  # users of whom a held-out item is also among their own training items
-    ties: int  # users whose validation answer bears the time of their last training item: the file's order decides
-    disorder: int  # users with a held-out answer that is older than what precedes it
-
-
-def recount(interactions: Interactions, cold: IntArray | None = None) -> Recount:
-    """Split interactions by a plain loop.
-
-    Args:
-        interactions: all of them.
-        cold: ids of items that training may not meet; None for none.
-    """
-    held_out = set() if cold is None else set(cold.tolist())
-    users: list[int] = []
-    validation: list[int] = []
-    test: list[int] = []
-    train_stop: list[int] = []
-    closed = [0]
-    repeats = ties = disorder = 0
-    for user in range(interactions.num_users):
-        begin, end = int(interactions.offsets[user]), int(interactions.offsets[user + 1])
-        items, times = interactions.items[begin:end].tolist(), interactions.timestamps[begin:end].tolist()
-        train_stop.append(end if len(items) < 3 else end - 2)
-        trained = [item for item in items[: train_stop[-1] - begin] if item not in held_out]
-        closed.append(closed[-1] + len(trained))
-        if len(items) < 3:
-            continue
-        users.append(user)
-        validation.append(end - 2)
-        test.append(end - 1)
-        repeats += not set(trained).isdisjoint(items[-2:])
-        ties += times[-3] == times[-2]
-        disorder += not max(times[:-2]) <= times[-2] <= times[-1]
-    return Recount(
-        users=_array(users),
-        validation=_array(validation),
-        test=_array(test),
-        train_stop=_array(train_stop),
-        cold=_array(sorted(held_out)),
-        closed=_array(closed),
-        repeats=repeats,
-        ties=ties,
-        disorder=disorder,
-    )
-
-
-def _array(values: list[int]) -> IntArray:
-    return np.array(values, dtype=np.int64)
+INPUTS = (
+    "user",
+    "history",
+    "seen",
+    "user_features",
+    "rows",
+)  # what a model may look at when it is asked for its answer
 
 
 class TrainingPairs(NamedTuple):
@@ -134,64 +79,6 @@ def scrambled(interactions: Interactions, positions: IntArray, seed: int = 0) ->
     return replace(interactions, items=items)
 
 
-def check_split(
-    interactions: Interactions, counted: Recount, split: Split, rows: Mapping[Stage, SequenceDataset]
-) -> Check:
-    """The split, and the rows of each stage, are those of the recount.
-
-    Args:
-        interactions: all of them.
-        counted: the recount of those.
-        split: what the data module made of them.
-        rows: its data sets; empty for data without sequences.
-    """
-    first, end = interactions.offsets[:-1], interactions.offsets[1:]
-    is_held_out = np.isin(np.arange(interactions.num_users), counted.users)
-    expected = {"train_stop": counted.train_stop, "val_stop": np.where(is_held_out, end - 1, end), "test_stop": end}
-    problems = []
-    for name, bound in expected.items():
-        wrong = int((getattr(split, name) != bound).sum())
-        if wrong:
-            problems.append(f"{name} of {wrong:,} users is not where a recount puts it")
-    if counted.disorder:
-        problems.append(f"{counted.disorder:,} users have a held-out answer older than what precedes it")
-    for stage, dataset in rows.items():
-        problems += _wrong_rows(stage, dataset, first, counted)
-    excluded = interactions.num_users - len(counted.users)
-    figures = {
-        "users": interactions.num_users,
-        "evaluated": len(counted.users),
-        "excluded": excluded,
-        "repeats": counted.repeats,
-        "ties": counted.ties,
-    }
-    passed = (
-        f"last item test, the one before it validation, the rest training, for {len(counted.users):,} users; "
-        f"{excluded:,} with fewer than 3 interactions are only trained on; {counted.repeats:,} have a held-out item "
-        f"in their own training history (allowed); for {counted.ties:,} the file's order decides between equal times"
-    )
-    return verdict("split", problems, passed, figures)
-
-
-def _wrong_rows(stage: Stage, dataset: SequenceDataset, first: IntArray, counted: Recount) -> list[str]:
-    """What is wrong with the rows of one stage."""
-    user, closes_up = dataset.user, stage == "train" and len(counted.cold) > 0
-    own = (counted.closed[:-1] if closes_up else first)[user]
-    problems = {f"{stage} rows reach into another user": (dataset.first < own) | (dataset.start < own)}
-    if stage == "train":
-        reach = np.maximum(dataset.stop, dataset.answer_stop)
-        end = counted.closed[1:] if closes_up else counted.train_stop
-        problems["train rows reach a held-out position"] = reach > end[user]
-    elif stage in ("val", "test"):
-        answer = np.full(len(first), -1, dtype=np.int64)
-        answer[counted.users] = counted.validation if stage == "val" else counted.test
-        if not np.array_equal(np.sort(user), counted.users):
-            return [f"the {stage} rows are not one of each user with 3 interactions or more"]
-        problems[f"{stage} histories end beyond, or before, the answer"] = dataset.stop != answer[user]
-        problems[f"{stage} answers are not the held-out ones"] = dataset.answer_stop != answer[user] + 1
-    return [f"{int(wrong.sum()):,} {what}" for what, wrong in problems.items() if wrong.any()]
-
-
 def check_scrambling(clean: Iterable[Batch], changed: Iterable[Batch]) -> Check:
     """Control: other answers reach the evaluation batches, or no comparison of batches could fail.
 
@@ -218,11 +105,11 @@ def check_train_batches(
     known: TrainingPairs | TrainingRows | None,
     name: str = "training batches",
 ) -> Check:
-    """The training batches of an epoch are the same, whatever the held-out answers are.
+    """The training batches of an epoch are the same, whatever the held-out items are.
 
     Args:
         clean: the batches.
-        changed: those of data in which every held-out answer is another item.
+        changed: those of data in which every interaction that is not trained on is with another item.
         known: who met what in training, for batches of sequences; which embeddings may be learned from, for batches of
             those; None leaves it unchecked. Items that are held out of training are in neither.
         name: of the check.
@@ -272,7 +159,7 @@ def check_item_statistics(
         interactions: all of them.
         counted: the recount of those.
         counts: (I+1,) the catalogue's ``train_counts``.
-        with_other_answers: the same of data in which every held-out answer is another item.
+        with_other_answers: the same of data in which every interaction that is not trained on is with another item.
     """
     expected = np.zeros(interactions.num_items + 1, dtype=np.int64)
     for begin, stop in zip(interactions.offsets[:-1], counted.train_stop, strict=True):

@@ -15,18 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.encoders import TextEncoder
-from recsys_lightning.data.interactions import (
-    IntArray,
-    Interactions,
-    Split,
-    draw_cold,
-    leave_one_out,
-    training_part,
-)
+from recsys_lightning.data.interactions import IntArray, Interactions
 from recsys_lightning.data.prepared import PreparedData, prepare
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset, Stage
 from recsys_lightning.data.sources import Source
+from recsys_lightning.data.splits import LEAVE_ONE_OUT, Split, Splitter, draw_cold, training_part
 from recsys_lightning.data.text import compose_texts, embed_texts, find_embeddings
+from recsys_lightning.data.users import encode_users
 from recsys_lightning.errors import InputError
 
 T = TypeVar("T")
@@ -54,6 +49,7 @@ class CatalogDataModule(L.LightningDataModule):
             evaluation, and are given semantic IDs. A text encoder that learns from the texts, `TfidfSVD`, reads theirs.
         cold_seed: of the draw of these items, 0 or more. With the same share and seed, data modules of either kind
             over the same data hold out the same items.
+        split: what is training, validation and test: `LeaveOneOut`, or `UserSplit`, which holds out whole users.
     """
 
     def __init__(
@@ -68,6 +64,7 @@ class CatalogDataModule(L.LightningDataModule):
         seed: int | None = None,
         cold_items: float = 0.0,
         cold_seed: int = 0,
+        split: Splitter = LEAVE_ONE_OUT,
     ):
         super().__init__()
         counts = {"k_core": k_core, "num_workers": num_workers, "seed": seed or 0, "cold_seed": cold_seed}
@@ -79,6 +76,7 @@ class CatalogDataModule(L.LightningDataModule):
         self.k_core, self.num_workers = k_core, num_workers
         self.seed = seed
         self.cold_items, self.cold_seed = cold_items, cold_seed
+        self.splitter = split
         self._data: PreparedData | None = None
         self._composed: list[str] | None = None
         self._catalog: Catalog | None = None
@@ -101,8 +99,10 @@ class CatalogDataModule(L.LightningDataModule):
                 raise InputError(f"no item embeddings in {self.cache_dir}: run `recsys prepare` on this machine first")
         num_items = data.interactions.num_items
         cold = draw_cold(num_items, self.cold_items, self.cold_seed)
-        self._split = dataclasses.replace(leave_one_out(data.interactions), cold=cold)
-        self._catalog = Catalog(data.fields, training_part(data.interactions, self._split).counts(num_items), text)
+        self._split = dataclasses.replace(self.splitter(data.interactions), cold=cold)
+        part = training_part(data.interactions, self._split)
+        features = encode_users(data.users, part.stop > part.first)
+        self._catalog = Catalog(data.fields, part.counts(num_items), text, features)
 
     @property
     def data(self) -> PreparedData:
@@ -153,14 +153,24 @@ class CatalogDataModule(L.LightningDataModule):
         return other
 
     def statistics(self) -> dict[str, Any]:
-        """What `recsys prepare` prints: the data set's figures, its split and its text encoder."""
-        validation, test = self.split.sizes
+        """What `recsys prepare` prints: the data set's figures, its split, its user features and its text encoder."""
+        split, users, first = self.split, self.data.users, self.data.interactions.offsets[:-1]
+        features = [name for name in users.columns if name != "user_id"]
+        validation, test = split.sizes
         train, text = int(self.catalog.train_counts.sum()), self.catalog.text
-        struck = len(self.data.interactions) - train - validation - test
+        struck = int((split.train_stop - first).sum()) - train
+        held_out = {"val": split.val_stop > split.val_start, "test": split.test_stop > split.test_start}
         return {
             **self.data.statistics,
             "split": {"train": train, "val": validation, "test": test},
+            "split_rule": str(self.splitter),
+            "split_users": {
+                "train": int((split.train_stop > first).sum()),
+                **{stage: int(is_held_out.sum()) for stage, is_held_out in held_out.items()},
+            },
+            "only_history": len(self.data.interactions) - train - struck - validation - test,
             "cold_items": {"items": len(self.split.cold), "struck_interactions": struck},
+            "user_coverage": {name: 1 - users.get_column(name).null_count() / len(users) for name in features},
             "text_encoder": text.encoder if text else None,
             "text_width": text.vectors.shape[1] if text else None,
         }
@@ -192,7 +202,7 @@ class CatalogDataModule(L.LightningDataModule):
 
 
 class SequenceDataModule(CatalogDataModule):
-    """Users' sequences, split by leave-one-out, as `SequenceBatch`es.
+    """Users' sequences as `SequenceBatch`es.
 
     Args:
         source: see `CatalogDataModule`.
@@ -209,6 +219,7 @@ class SequenceDataModule(CatalogDataModule):
         seed: see `CatalogDataModule`.
         cold_items: see `CatalogDataModule`.
         cold_seed: see `CatalogDataModule`.
+        split: see `CatalogDataModule`.
     """
 
     def __init__(
@@ -227,9 +238,11 @@ class SequenceDataModule(CatalogDataModule):
         seed: int | None = None,
         cold_items: float = 0.0,
         cold_seed: int = 0,
+        split: Splitter = LEAVE_ONE_OUT,
     ):
-        shared = (source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed, cold_items, cold_seed)
-        super().__init__(*shared)
+        super().__init__(
+            source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed, cold_items, cold_seed, split
+        )
         sizes = {"max_history": max_history, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         for name, value in sizes.items():
             if value < 1:
@@ -239,7 +252,9 @@ class SequenceDataModule(CatalogDataModule):
 
     def dataset(self, stage: Stage) -> SequenceDataset:
         """The rows of one stage."""
-        return SequenceDataset(self.data.interactions, self.split, stage, self.max_history, self.windows)
+        return SequenceDataset(
+            self.data.interactions, self.split, stage, self.max_history, self.windows, self.catalog.user_features
+        )
 
     def train_dataloader(self) -> DataLoader[SequenceBatch]:
         """Shuffled training batches."""
@@ -283,6 +298,7 @@ class ItemDataModule(CatalogDataModule):
         seed: see `CatalogDataModule`.
         cold_items: see `CatalogDataModule`.
         cold_seed: see `CatalogDataModule`.
+        split: see `CatalogDataModule`.
     """
 
     def __init__(
@@ -298,9 +314,11 @@ class ItemDataModule(CatalogDataModule):
         seed: int | None = None,
         cold_items: float = 0.0,
         cold_seed: int = 0,
+        split: Splitter = LEAVE_ONE_OUT,
     ):
-        shared = (source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed, cold_items, cold_seed)
-        super().__init__(*shared)
+        super().__init__(
+            source, encoder, template, raw_dir, cache_dir, k_core, num_workers, seed, cold_items, cold_seed, split
+        )
         if batch_size < 1:
             raise InputError(f"data.batch_size={batch_size} must be at least 1")
         self.batch_size = batch_size

@@ -32,16 +32,21 @@ class PreparedData:
     Attributes:
         interactions: after the k-core, exact duplicates dropped.
         fields: I rows: ``item_id`` (raw id), then one String column a text field.
-        user_ids: (U,) raw ids of the users.
+        users: U rows: ``user_id`` (raw id), then one column a feature, see `RawData.users`; none in most data.
         statistics: what `recsys prepare` prints, as plain JSON values.
         fingerprint: of the raw files' contents and every setting that shaped the result.
     """
 
     interactions: Interactions
     fields: pl.DataFrame
-    user_ids: list[str]
+    users: pl.DataFrame
     statistics: dict[str, Any]
     fingerprint: str
+
+    @property
+    def user_ids(self) -> list[str]:
+        """(U,) raw ids of the users."""
+        return self.users.get_column("user_id").to_list()
 
 
 def prepare(source: Source, raw_dir: Path, cache_dir: Path, core: int) -> PreparedData:
@@ -81,7 +86,7 @@ def _save(data: PreparedData, source: Source, folder: Path) -> None:
     try:
         data.interactions.save(staging)
         data.fields.write_parquet(staging / "items.parquet")
-        pl.DataFrame({"user_id": data.user_ids}).write_parquet(staging / "users.parquet")
+        data.users.write_parquet(staging / "users.parquet")
         meta = {
             "fingerprint": data.fingerprint,
             "source": source.name,
@@ -113,7 +118,7 @@ def _load(folder: Path) -> PreparedData:
         return PreparedData(
             interactions=Interactions.load(folder, num_items=len(fields)),
             fields=fields,
-            user_ids=pl.read_parquet(folder / "users.parquet").get_column("user_id").to_list(),
+            users=pl.read_parquet(folder / "users.parquet"),
             statistics=meta["statistics"],
             fingerprint=meta["fingerprint"],
         )
@@ -133,12 +138,15 @@ def _build(source: Source, raw_dir: Path, core: int, fingerprint: str) -> Prepar
             "lower --data.k_core or check the raw files"
         )
     interactions, user_ids, item_ids = Interactions.from_frame(kept)
-    # A source that gave an item two rows of fields would shift the numbers of all items after it.
+    # A source that gave an item, or a user, two rows would shift the numbers of all after it.
     fields = pl.DataFrame({"item_id": item_ids}).join(
         raw.items, on="item_id", how="left", maintain_order="left", validate="1:1"
     )
+    users = pl.DataFrame({"user_id": user_ids}, schema={"user_id": pl.String})
+    if raw.users is not None:
+        users = users.join(raw.users, on="user_id", how="left", maintain_order="left", validate="1:1")
     statistics = _statistics(raw.rejects, len(raw.interactions), len(unique), interactions, fields)
-    return PreparedData(interactions, fields, user_ids, statistics, fingerprint)
+    return PreparedData(interactions, fields, users, statistics, fingerprint)
 
 
 def _statistics(

@@ -1,11 +1,11 @@
 """Histories and their answers as padded batches, cut out of CSR arrays by vectorised indexing.
 
-Axis letters: B rows, T time, N answers, S items seen.
+Axis letters: B rows, T time, N answers, S items seen, F user features.
 """
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from recsys_lightning.data.interactions import IntArray, Interactions, Split, training_part
+from recsys_lightning.data.interactions import IntArray, Interactions
+from recsys_lightning.data.splits import Split, training_part
+from recsys_lightning.data.users import UserFeatures
 from recsys_lightning.errors import InputError
 
 Stage = Literal["train", "val", "test", "predict"]
+
+
+def _no_features() -> Tensor:
+    return torch.empty(0, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,22 @@ class SequenceBatch:
     Attributes:
         user: (B,) user number.
         history: (B, T) item ids, oldest first, padded with 0 on the right.
-        target: (B, N) the answers, padded with 0 on the right; N is 1 under leave-one-out, 0 when predicting.
+        target: (B, N) the answers, padded with 0 on the right; N is 1 under leave-one-out, that of the user with the
+            most answers under a user split, 0 when predicting.
         seen: (B, S) every item the user met before the answers, also those older than `history`; padded with 0. Empty
             (S = 0) in training.
+        user_features: (B, F) codes of the users, see `UserFeatures`; (B, 0) where the data have none.
     """
 
     user: Tensor
     history: Tensor
     target: Tensor
     seen: Tensor
+    user_features: Tensor = field(default_factory=_no_features)
+
+    def __post_init__(self) -> None:
+        if not self.user_features.shape[1]:  # no table to be of another number of rows, or on another device
+            object.__setattr__(self, "user_features", self.user.new_zeros(len(self.user), 0))
 
     @property
     def history_mask(self) -> Tensor:
@@ -78,6 +91,7 @@ class SequenceDataset(Dataset[SequenceBatch]):
         stage: ``train``, ``val``, ``test``, or ``predict`` (the whole sequence is history, there is no answer).
         max_history: longest history T.
         windows: what becomes of training sequences longer than that.
+        user_features: of all users; None where the data have none.
     """
 
     def __init__(
@@ -87,9 +101,11 @@ class SequenceDataset(Dataset[SequenceBatch]):
         stage: Stage,
         max_history: int = 20,
         windows: Literal["last", "all"] = "last",
+        user_features: UserFeatures | None = None,
     ):
         if max_history < 1:
             raise ValueError(f"max_history={max_history} must be at least 1")
+        self.user_features = user_features
         self.items, first = interactions.items, interactions.offsets[:-1]
         self.with_seen = stage != "train"
         if stage == "train":
@@ -101,13 +117,14 @@ class SequenceDataset(Dataset[SequenceBatch]):
                 user, stop = _windows_backwards(user, first[user], stop, max_history)
                 answer_stop = stop + 1
         else:
-            stops = {
-                "val": (split.train_stop, split.val_stop),
-                "test": (split.val_stop, split.test_stop),
-                "predict": (split.test_stop, split.test_stop),
+            end = interactions.offsets[1:]
+            start, last = {
+                "val": (split.val_start, split.val_stop),
+                "test": (split.test_start, split.test_stop),
+                "predict": (end, end),
             }[stage]
-            user = np.flatnonzero((stops[0] > first) & ((stops[1] > stops[0]) | (stage == "predict")))
-            stop, answer_stop = stops[0][user], stops[1][user]
+            user = np.flatnonzero((start > first) & ((last > start) | (stage == "predict")))
+            stop, answer_stop = start[user], last[user]
         self.user, self.stop, self.answer_stop = user, stop, answer_stop
         self.first = first[user]
         self.start = np.maximum(self.first, stop - max_history)
@@ -131,18 +148,23 @@ class SequenceDataset(Dataset[SequenceBatch]):
         np.add.at(edges, self.answer_stop, -1)
         reached = self.items[edges.cumsum()[:-1] > 0]
         digest = hashlib.sha256()
-        for array in (self.user, begin, self.start, self.stop, self.answer_stop, reached):
+        arrays = [self.user, begin, self.start, self.stop, self.answer_stop, reached]
+        if self.user_features is not None:
+            arrays.append(self.user_features.codes[self.user])
+        for array in arrays:
             digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, rows: IntArray | list[int]) -> SequenceBatch:
         rows = np.asarray(rows)
-        start, stop = self.start[rows], self.stop[rows]
+        user, start, stop = self.user[rows], self.start[rows], self.stop[rows]
+        codes = None if self.user_features is None else torch.from_numpy(self.user_features.codes[user])
         return SequenceBatch(
-            user=torch.from_numpy(self.user[rows]),
+            user=torch.from_numpy(user),
             history=self._gather(start, stop),
             target=self._gather(stop, self.answer_stop[rows]),
             seen=self._gather(self.first[rows], stop if self.with_seen else self.first[rows]),
+            user_features=_no_features() if codes is None else codes,
         )
 
     def _gather(self, start: IntArray, stop: IntArray) -> Tensor:

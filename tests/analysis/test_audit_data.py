@@ -2,30 +2,28 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from recsys_lightning.analysis.audit_data import (
-    Recount,
     TrainingPairs,
     TrainingRows,
     check_evaluation,
     check_item_statistics,
     check_scrambling,
-    check_split,
     check_train_batches,
     compared,
-    recount,
     scrambled,
 )
+from recsys_lightning.analysis.audit_split import BOUNDS, Recount, check_split, recount
 from recsys_lightning.data.datamodules import ItemDataModule, SequenceDataModule
 from recsys_lightning.data.encoders import TfidfSVD
-from recsys_lightning.data.interactions import Interactions, leave_one_out
+from recsys_lightning.data.interactions import Interactions
 from recsys_lightning.data.sequences import SequenceBatch, SequenceDataset
 from recsys_lightning.data.sources import Synthetic
+from recsys_lightning.data.splits import LeaveOneOut, UserSplit, training_part
 
 # Users 0 to 3: too few; no repeat, with a tie; a repeat; a held-out item that the held-out one before it repeats.
 LENGTHS = [2, 3, 4, 5]
@@ -38,42 +36,7 @@ def small() -> Interactions:
     return Interactions(np.cumsum([0, *LENGTHS]), np.array(ITEMS), np.array(TIMES), 8)
 
 
-# ------------------------------------------------------------------------------------------------------- the recount
-
-
-def test_the_recount_is_leave_one_out_by_hand(small):
-    counted = recount(small)
-    assert counted.users.tolist() == [1, 2, 3]
-    assert counted.validation.tolist() == [3, 7, 12]
-    assert counted.test.tolist() == [4, 8, 13]
-    assert counted.train_stop.tolist() == [2, 3, 7, 12]
-    assert (counted.repeats, counted.ties, counted.disorder) == (1, 1, 0)
-
-
-def test_the_recount_strikes_cold_items_from_training_and_from_nothing_else(small):
-    counted, plainly = recount(small, np.array([1, 6, 9])), recount(small)
-    assert counted.cold.tolist() == [1, 6, 9]
-    assert counted.closed.tolist() == [0, 1, 2, 3, 5], (
-        "user 0 keeps item 2, user 1 item 3, user 2 item 7, user 3 2 and 3"
-    )
-    assert plainly.closed.tolist() == [0, 2, 3, 5, 8]
-    for name in ("users", "validation", "test", "train_stop"):
-        assert getattr(counted, name).tolist() == getattr(plainly, name).tolist()
-    assert (counted.repeats, plainly.repeats) == (0, 1), "item 6, which user 2 meets again, is in no training"
-
-
-@pytest.mark.parametrize(
-    ("items", "repeats"), [([1, 2, 1, 3], 1), ([1, 2, 3, 2], 1), ([1, 2, 3, 3], 0), ([1, 1, 2, 3], 0)]
-)
-def test_a_user_repeats_where_either_held_out_item_is_among_his_training_items(items, repeats):
-    assert recount(Interactions(np.array([0, 4]), np.array(items), np.arange(4), 3)).repeats == repeats
-
-
-@pytest.mark.parametrize("times", [[3, 2, 4], [1, 5, 4], [1, 2, 1]])
-def test_the_recount_finds_a_held_out_answer_that_is_older_than_training(times):
-    # Interactions refuse such times at birth; the recount does not rely on it.
-    columns = {"offsets": np.array([0, 3]), "items": np.array([1, 2, 3]), "timestamps": np.array(times)}
-    assert recount(SimpleNamespace(num_users=1, **columns)).disorder == 1
+# -------------------------------------------------------------------------------------------------------- scrambling
 
 
 def test_scrambling_puts_another_item_at_each_position_and_nowhere_else(small):
@@ -103,10 +66,17 @@ class Worlds:
         self.data.prepare_data()
         self.data.setup()
         self.interactions = self.data.data.interactions
-        self.counted = recount(self.interactions, self.data.split.cold)
-        answers = np.concatenate([self.counted.validation, self.counted.test])
-        self.both = self.data.with_interactions(scrambled(self.interactions, answers))
-        self.test = self.data.with_interactions(scrambled(self.interactions, self.counted.test, 1))
+        self.counted = recount(self.interactions, self.data.splitter, self.data.split.cold)
+        self.both, self.test, self.untrained = (
+            self.data.with_interactions(scrambled(self.interactions, positions, seed))
+            for seed, positions in enumerate(
+                [
+                    self.counted.answers("val", "test"),
+                    self.counted.answers("test"),
+                    self.counted.untrained(self.interactions),
+                ]
+            )
+        )
         self.pairs = TrainingPairs.of(self.interactions, self.counted)
 
     def rows(self) -> dict[str, SequenceDataset]:
@@ -116,7 +86,7 @@ class Worlds:
         return check_split(self.interactions, self.counted, self.data.split, self.rows() | changed)
 
     def train_batches(self):
-        return check_train_batches(self.data.train_dataloader(), self.both.train_dataloader(), self.pairs)
+        return check_train_batches(self.data.train_dataloader(), self.untrained.train_dataloader(), self.pairs)
 
     def evaluation(self):
         worlds = (self.data, self.both, self.test)
@@ -153,6 +123,7 @@ def leaky(change) -> type:
 
 
 COLD = {"cold_items": 0.2}  # 4 of 20
+USERS = UserSplit(val_users=0.2, test_users=0.3, history=0.7, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +136,16 @@ COLD = {"cold_items": 0.2}  # 4 of 20
         {"cold_items": 0.6, "windows": "all", "max_history": 3},
     ],
 )
-def test_what_the_project_builds_passes_every_check(cache, settings):
-    worlds = Worlds(cache, **settings)
+@pytest.mark.parametrize("splitter", [LeaveOneOut(), USERS])
+def test_what_the_project_builds_passes_every_check(cache, settings, splitter):
+    worlds = Worlds(cache, split=splitter, **settings)
     checks = [worlds.split(), worlds.train_batches(), worlds.evaluation(), worlds.scrambling()]
-    counts = (worlds.data.catalog.train_counts, worlds.both.catalog.train_counts)
+    counts = (worlds.data.catalog.train_counts, worlds.untrained.catalog.train_counts)
     checks.append(check_item_statistics(worlds.interactions, worlds.counted, *counts))
     assert [check.status for check in checks] == ["pass"] * 5, checks
-    evaluated, users = int((worlds.interactions.lengths >= 3).sum()), worlds.interactions.num_users
+    users, several = worlds.interactions.num_users, int((worlds.interactions.lengths >= 2).sum())
+    by_user = round(0.2 * several) + round(0.3 * several)
+    evaluated = by_user if splitter is USERS else int((worlds.interactions.lengths >= 3).sum())
     assert evaluated < users, "some users are too short"
     assert dict(checks[0].figures) | {"repeats": 0, "ties": 0} == {
         "users": users,
@@ -181,7 +155,7 @@ def test_what_the_project_builds_passes_every_check(cache, settings):
         "ties": 0,
     }
     assert checks[1].figures["rows"] == len(worlds.data.dataset("train"))
-    assert checks[3].figures == {"answers": 2 * evaluated, "unchanged": 0}
+    assert checks[3].figures == {"answers": sum(worlds.data.split.sizes), "unchanged": 0}
 
 
 def item_batches(worlds, cold):
@@ -208,11 +182,13 @@ class Items(ItemDataModule):
 # ------------------------------------------------------------------------------------------------------------ split
 
 
-@pytest.mark.parametrize("name", ["train_stop", "val_stop", "test_stop"])
+@pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.parametrize("step", [-1, 1])
-def test_a_split_that_is_off_by_one_is_found(worlds, name, step):
+@pytest.mark.parametrize("splitter", [LeaveOneOut(), USERS])
+def test_a_split_that_is_off_by_one_is_found(cache, name, step, splitter):
+    worlds = Worlds(cache, split=splitter)
     bound = getattr(worlds.data.split, name).copy()
-    bound[worlds.counted.users[3]] += step
+    bound[worlds.counted.users("val")[3]] += step
     split = replace(worlds.data.split, **{name: bound})
     check = check_split(worlds.interactions, worlds.counted, split, {})
     assert (check.status, check.detail) == ("FAIL", f"{name} of 1 users is not where a recount puts it")
@@ -222,8 +198,9 @@ def test_a_data_module_that_holds_out_one_item_less_is_found(cache):
     class OffByOne(SequenceDataModule):
         def setup(self, stage=None):
             super().setup(stage)
-            split, held_out = self._split, self._split.test_stop - self._split.val_stop
-            self._split = replace(split, train_stop=split.train_stop + held_out, val_stop=split.val_stop + held_out)
+            split, held_out = self._split, self._split.test_stop - self._split.test_start
+            bounds = dict.fromkeys(("train_stop", "val_start"), split.train_stop + held_out)
+            self._split = replace(split, **bounds, val_stop=split.test_stop, test_start=split.test_stop)
 
     check = Worlds(cache, OffByOne).split()
     assert check.status == "FAIL"
@@ -235,7 +212,7 @@ def test_a_data_module_that_holds_out_one_item_less_is_found(cache):
 def test_a_training_window_that_reaches_the_validation_item_is_found(worlds, windows):
     rows = SequenceDataset(worlds.interactions, worlds.data.split, "train", 4, windows)
     rows.answer_stop = rows.answer_stop.copy()
-    rows.answer_stop[np.flatnonzero(np.isin(rows.user, worlds.counted.users))[-1]] += 3
+    rows.answer_stop[np.flatnonzero(np.isin(rows.user, worlds.counted.users("test")))[-1]] += 3
     check = worlds.split(train=rows)
     assert (check.status, check.detail) == ("FAIL", "1 train rows reach a held-out position")
 
@@ -267,7 +244,7 @@ def test_evaluation_of_other_users_is_found(worlds):
     check = worlds.split(test=rows)
     assert (check.status, check.detail) == (
         "FAIL",
-        "the test rows are not one of each user with 3 interactions or more",
+        "the test rows are not one of each user with a test answer",
     )
 
 
@@ -288,7 +265,7 @@ def test_the_control_finds_data_that_no_scrambling_reaches(cache):
     worlds = Worlds(cache, Deaf)
     check = worlds.scrambling()
     assert check.status == "FAIL"
-    assert check.figures["unchanged"] == check.figures["answers"] == 2 * len(worlds.counted.users)
+    assert check.figures["unchanged"] == check.figures["answers"] == 2 * worlds.counted.num_evaluated
     assert worlds.evaluation().status == "pass", "which is why there is a control"
 
 
@@ -364,7 +341,36 @@ def test_strays_are_counted_by_user():
     assert pairs.strays(batch) == 5
 
 
-# ------------------------------------------------------------------------------------------------------- cold items
+# -------------------------------------------------------------------------------------- held-out users, cold items
+
+
+class TrainsOnHeldOutUsers(SequenceDataModule):
+    """Takes a user split, and trains on the histories of the users that it holds out."""
+
+    def setup(self, stage=None):
+        super().setup(stage)
+        is_held_out = self._split.val_start < self._prepared().interactions.offsets[1:]
+        self._split = replace(
+            self._split, train_stop=np.where(is_held_out, self._split.val_start, self._split.train_stop)
+        )
+        counts = training_part(self._prepared().interactions, self._split).counts(self._catalog.num_items)
+        self._catalog = replace(self._catalog, train_counts=counts)
+
+
+def test_training_on_the_history_of_a_held_out_user_is_found(cache):
+    worlds = Worlds(cache, TrainsOnHeldOutUsers, split=USERS)
+    check = worlds.split()
+    assert check.status == "FAIL"
+    assert f"train_stop of {worlds.counted.num_evaluated} users is not where" in check.detail
+    assert "train rows reach a held-out position" in check.detail
+    check = worlds.train_batches()
+    assert check.status == "FAIL"
+    assert "history differs in" in check.detail
+    assert "that are in no training part of their user" in check.detail
+    counts = (worlds.data.catalog.train_counts, worlds.untrained.catalog.train_counts)
+    check = check_item_statistics(worlds.interactions, worlds.counted, *counts)
+    assert check.status == "FAIL"
+    assert "change with the held-out items" in check.detail
 
 
 class TrainsOnCold(SequenceDataModule):
@@ -372,7 +378,7 @@ class TrainsOnCold(SequenceDataModule):
 
     def dataset(self, stage):
         return SequenceDataset(
-            self.data.interactions, leave_one_out(self.data.interactions), stage, self.max_history, self.windows
+            self.data.interactions, LeaveOneOut()(self.data.interactions), stage, self.max_history, self.windows
         )
 
 
@@ -447,7 +453,7 @@ def test_counts_that_change_with_held_out_items_are_found_also_where_they_look_r
 
 
 def test_the_count_of_training_interactions_is_that_of_a_hand_count(small):
-    split = leave_one_out(small)
+    split = LeaveOneOut()(small)
     counts = np.zeros(9, dtype=np.int64)
     for begin, stop in zip(small.offsets[:-1], split.train_stop, strict=True):
         for item in small.items[begin:stop]:

@@ -11,6 +11,7 @@ import yaml
 
 from recsys_lightning.data.datamodules import SequenceDataModule
 from recsys_lightning.data.sequences import SequenceDataset
+from recsys_lightning.data.splits import training_part
 from recsys_lightning.semantic_ids.table import SemanticIds
 
 
@@ -119,6 +120,42 @@ def test_the_rows_that_a_fit_noted_are_found_again(trained, recsys):
     outcome = recsys("audit", trained / "cobra")
     assert failed(outcome) == {}
     assert outcome.out.splitlines()[-1].partition(";")[0].endswith("1 not checked (rows of the run)")
+
+
+@pytest.fixture
+def by_user(trained, write_yaml, recsys) -> Path:
+    """The folder of a popularity run over a user split, evaluated on several answers a user."""
+    run = trained / "by-user"
+    config = yaml.safe_load((trained / "cobra.yaml").read_text()) | {"run_dir": str(run)}
+    config["data"]["init_args"]["split"] = {"class_path": "UserSplit", "init_args": {"val_users": 0.3, "seed": 4}}
+    config["model"]["init_args"]["model"] = {"class_path": "Popularity"}
+    assert recsys("fit", "-c", write_yaml(config)).status == 0
+    return run
+
+
+def test_an_honest_run_over_a_user_split_passes_every_check(by_user, recsys):
+    outcome = recsys("audit", by_user)
+    assert outcome.status == 0, outcome.out + outcome.err
+    assert {status for status, _ in lines(outcome.out).values()} == {"pass"}
+    found = report(by_user)["split"]
+    assert found["figures"]["evaluated"] == 18 + 6
+    assert "18 others are validated and 6 tested, on what comes after the first 80% of theirs" in found["detail"]
+
+
+def test_histories_of_held_out_users_that_reach_training_are_found(by_user, recsys, monkeypatch):
+    setup = SequenceDataModule.setup
+
+    def leaky(self, stage=None):
+        setup(self, stage)
+        interactions = self._prepared().interactions
+        before_answers = replace(self._split, train_stop=self._split.val_start)
+        counts = training_part(interactions, before_answers).counts(interactions.num_items)
+        self._catalog = replace(self._catalog, train_counts=counts)
+
+    monkeypatch.setattr(SequenceDataModule, "setup", leaky)
+    found = failed(recsys("audit", by_user))
+    assert {"item statistics", "negatives and losses"} <= set(found)
+    assert "change with the held-out items" in found["item statistics"]
 
 
 # ----------------------------------------------------------------------------------------------------------- options

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,7 +17,8 @@ from recsys_lightning.data.datamodules import CatalogDataModule, ItemDataModule,
 from recsys_lightning.data.encoders import TextEncoder, TfidfSVD
 from recsys_lightning.data.interactions import Interactions
 from recsys_lightning.data.sequences import SequenceBatch
-from recsys_lightning.data.sources import Amazon2014, Synthetic
+from recsys_lightning.data.sources import Amazon2014, Synthetic, Tabular
+from recsys_lightning.data.splits import LeaveOneOut, Splitter, UserSplit
 from recsys_lightning.errors import InputError
 from recsys_lightning.metrics.ranking import ranking_metrics
 from recsys_lightning.metrics.ranks import rank_targets
@@ -68,7 +70,7 @@ def plain(batch: SequenceBatch | Tensor) -> list:
     """A batch as nested lists, for comparison."""
     if isinstance(batch, Tensor):
         return batch.tolist()
-    return [getattr(batch, name).tolist() for name in ("user", "history", "target", "seen")]
+    return [getattr(batch, name).tolist() for name in ("user", "history", "target", "seen", "user_features")]
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -244,11 +246,19 @@ def test_statistics_are_json_and_add_up(cache):
     assert statistics.keys() == {
         *("users", "items", "interactions", "density", "length", "text_coverage"),
         *("items_without_text", "dropped", "rejects"),
-        *("split", "cold_items", "text_encoder", "text_width"),
+        *("split", "split_rule", "split_users", "only_history"),
+        *("cold_items", "user_coverage", "text_encoder", "text_width"),
     }
     assert sum(statistics["split"].values()) == statistics["interactions"]
     assert statistics["split"]["test"] == sum(module.data.interactions.lengths >= 3)
     assert statistics["cold_items"] == {"items": 0, "struck_interactions": 0}
+    assert (statistics["split_rule"], statistics["only_history"], statistics["user_coverage"]) == (
+        "LeaveOneOut()",
+        0,
+        {},
+    )
+    evaluated = int((module.data.interactions.lengths >= 3).sum())
+    assert statistics["split_users"] == {"train": 90, "val": evaluated, "test": evaluated}
     assert (statistics["text_encoder"], statistics["text_width"]) == (TfidfSVD(dim=4).identity, 4)
     assert ready(cache).statistics()["text_encoder"] is None
 
@@ -383,6 +393,176 @@ def test_so_many_cold_items_that_no_training_row_is_left_are_refused(cache):
     assert len(list(module.test_dataloader())) > 0
 
 
+# -------------------------------------------------------------------------------------------------------- splits
+
+USERS = {"split": UserSplit(val_users=0.2, test_users=0.1, history=0.6, seed=5)}
+
+
+def histories(module: SequenceDataModule) -> list[list[int]]:
+    interactions = module.data.interactions
+    return [part.tolist() for part in np.split(interactions.items, interactions.offsets[1:-1])]
+
+
+def test_leave_one_out_is_the_split_unless_another_is_named(cache):
+    assert ready(cache).splitter == LeaveOneOut()
+    named = ready(cache, split=LeaveOneOut())
+    for stage in STAGES:
+        batches = [[plain(batch) for batch in loader_of(data, stage)] for data in (ready(cache), named)]
+        assert batches[0] == batches[1]
+
+
+def test_a_user_split_gives_each_user_one_part_and_every_answer_at_once(cache):
+    module = ready(cache, max_history=4, eval_batch_size=7, **USERS)
+    items, several = histories(module), sum(len(row) >= 2 for row in histories(module))
+    users = {stage: [] for stage in STAGES}
+    for stage in STAGES:
+        for batch in loader_of(module, stage):
+            users[stage] += batch.user.tolist()
+            for row, user in enumerate(batch.user.tolist()):
+                known = max(int(0.6 * len(items[user])), 1)  # none of these lengths is rounded wrongly
+                before, after = items[user][:known], items[user][known:]
+                if stage == "predict":
+                    before, after = items[user], []
+                if stage == "train":
+                    assert batch.sequence[row][: len(items[user])].tolist() == items[user][-5:] + [0] * 0
+                    continue
+                for name, expected in (("history", before[-4:]), ("seen", before), ("target", after)):
+                    assert [item for item in getattr(batch, name)[row].tolist() if item] == expected
+    assert len(users["val"]) == round(0.2 * several)
+    assert len(users["test"]) == round(0.1 * several)
+    assert (
+        len(set(users["train"]) | set(users["val"]) | set(users["test"]))
+        == several
+        == len(users["train"] + users["val"] + users["test"])
+    )
+    assert sorted(users["predict"]) == list(range(90)), "everybody, whatever part he has"
+
+
+def test_held_out_users_are_in_no_training_batch_and_count_nowhere(cache):
+    for settings in (USERS, USERS | {"windows": "all", "max_history": 3}, USERS | COLD):
+        module = ready(cache, **settings)
+        split, cold = module.split, set(module.split.cold.tolist())
+        held_out = set(np.flatnonzero(split.test_stop > split.val_start).tolist())
+        assert len(held_out) > 15
+        assert not held_out & {user for batch in module.train_dataloader() for user in batch.user.tolist()}
+        rows = [row for user, row in enumerate(histories(module)) if user not in held_out]
+        counts = Counter(item for row in rows for item in row if item not in cold)
+        assert module.catalog.train_counts.tolist() == [counts[item] for item in range(49)]
+
+
+def test_windows_of_a_user_split_answer_each_training_item_but_the_first_once(cache):
+    module = ready(cache, windows="all", max_history=3, **USERS)
+    answered = {}
+    for batch in module.train_dataloader():
+        for user, sequence in zip(batch.user.tolist(), batch.sequence.tolist(), strict=True):
+            answered[user] = answered.get(user, Counter()) + Counter(item for item in sequence[1:] if item)
+    items = histories(module)
+    trained = np.flatnonzero(module.split.train_stop > module.data.interactions.offsets[:-1]).tolist()
+    assert answered == {user: Counter(items[user][1:]) for user in trained if len(items[user]) > 1}
+
+
+def test_cold_items_leave_the_answers_of_a_user_split_as_they_are(cache):
+    cold, plainly = ready(cache, **USERS, **COLD), ready(cache, **USERS)
+    for stage in ("val", "test", "predict"):
+        both = [[plain(batch) for batch in loader_of(data, stage)] for data in (cold, plainly)]
+        assert both[0] == both[1]
+    held_out = set(cold.split.cold.tolist())
+    assert not held_out & set().union(*map(items_of, cold.train_dataloader()))
+    assert held_out & set().union(*map(items_of, cold.test_dataloader()))
+
+
+def test_statistics_of_a_user_split_add_up(cache):
+    for settings in (USERS, USERS | COLD):
+        statistics = ready(cache, **settings).statistics()
+        parts = statistics["split"].values()
+        struck, only_history = statistics["cold_items"]["struck_interactions"], statistics["only_history"]
+        assert sum(parts) + struck + only_history == statistics["interactions"]
+        assert min(*parts, only_history) > 0
+        assert sum(statistics["split_users"].values()) == 90
+        assert statistics["split_rule"] == "UserSplit(val_users=0.2, test_users=0.1, history=0.6, seed=5)"
+
+
+@pytest.mark.parametrize("kind", [SequenceDataModule, ItemDataModule])
+def test_both_kinds_of_data_module_take_a_split(cache, kind):
+    module = ready(cache, kind, encoder=TfidfSVD(dim=4), **USERS)
+    assert module.split.sizes == ready(cache, **USERS).split.sizes
+    assert module.catalog.train_counts.tolist() == ready(cache, **USERS).catalog.train_counts.tolist()
+    with pytest.raises(InputError, match="leaves no user for val of the"):
+        ready(cache, kind, split=UserSplit(val_users=0.001))
+
+
+def test_a_splitter_of_ones_own_is_used(cache):
+    class Everything(Splitter):
+        def __call__(self, interactions):
+            return dataclasses.replace(
+                LeaveOneOut()(interactions), **dict.fromkeys(("train_stop", "val_start"), interactions.offsets[1:] - 1)
+            )
+
+    module = ready(cache, split=Everything())
+    assert len(module.dataset("train")) == (module.data.interactions.lengths >= 3).sum()
+
+
+def test_short_names_of_splits_are_known_to_the_command_line():
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(CatalogDataModule, "data")
+    arguments = ["--data=SequenceDataModule", "--data.source=Synthetic"]
+    default = parser.parse_args(arguments).data.init_args.split
+    assert default.class_path == "recsys_lightning.data.splits.LeaveOneOut"
+    named = parser.parse_args([*arguments, "--data.split=UserSplit", "--data.split.history=0.5"]).data.init_args.split
+    assert named.class_path == "recsys_lightning.data.splits.UserSplit"
+    assert named.init_args.as_dict() == {"val_users": 0.1, "test_users": 0.1, "history": 0.5, "seed": 0}
+
+
+# ------------------------------------------------------------------------------------------------- user features
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """Ten users of five interactions, of whom nine have a row in the users' table."""
+    rows = [(f"u{user}", f"i{(user + n) % 7}", n + 1) for user in range(10) for n in range(5)]
+    pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").write_csv(tmp_path / "log.csv")
+    users = [(f"u{user}", "no" if user % 2 else "de", user) for user in range(9)]
+    pl.DataFrame(users, schema=["user_id", "country", "age"], orient="row").write_parquet(tmp_path / "users.parquet")
+    return tmp_path
+
+
+def with_users(folder: Path, **settings) -> SequenceDataModule:
+    known = Tabular("log.csv", None, users="users.parquet")
+    return ready(folder / "cache", source=known, raw_dir=str(folder), **settings)
+
+
+def test_batches_carry_the_features_of_their_users(tables):
+    module = with_users(tables, eval_batch_size=3, batch_size=3)
+    features = module.catalog.user_features
+    assert (features.names, features.sizes) == (("country", "age"), (3, 10))
+    by_user = {f"u{user}": [2 if user % 2 else 1, user + 1] for user in range(9)} | {"u9": [0, 0]}
+    for stage in STAGES:
+        for batch in loader_of(module, stage):
+            assert batch.user_features.tolist() == [by_user[module.data.user_ids[user]] for user in batch.user.tolist()]
+            assert batch.to("cpu").user_features.tolist() == batch.user_features.tolist()
+    assert module.statistics()["user_coverage"] == {"country": 0.9, "age": 0.9}
+
+
+def test_what_only_held_out_users_have_is_unknown(tables):
+    module = with_users(tables, split=UserSplit(0.3, 0.3))
+    split, codes = module.split, module.catalog.user_features.codes
+    trained = split.train_stop > module.data.interactions.offsets[:-1]
+    known = np.array([user != "u9" for user in module.data.user_ids])
+    assert (codes[known, 1] > 0).tolist() == trained[known].tolist(), "an age of its own each"
+
+
+def test_features_are_part_of_the_fingerprint_of_rows(tables):
+    before = with_users(tables).dataset("train").fingerprint()
+    pl.read_parquet(tables / "users.parquet").with_columns(age=pl.col("age").reverse()).write_parquet(
+        tables / "users.parquet"
+    )
+    changed = with_users(tables)
+    assert changed.dataset("train").fingerprint() != before
+    plainly = ready(tables / "cache", source=Tabular("log.csv", None), raw_dir=str(tables))
+    assert plainly.catalog.user_features is None
+    assert next(iter(plainly.train_dataloader())).user_features.shape == (10, 0)
+
+
 # ---------------------------------------------------------------------------------------------- other interactions
 
 
@@ -496,3 +676,24 @@ def test_no_held_out_interaction_of_beauty_is_trained_on(beauty):
     times, last = interactions.timestamps, split.test_stop - 1
     assert (times[last - 2] <= times[last - 1]).all()
     assert (times[last - 1] <= times[last]).all()
+
+
+# --------------------------------------------------------------------------------------------------- Amazon Books
+
+
+@pytest.mark.real_data
+def test_books_have_their_published_figures_and_a_user_split(shared_data, tmp_path):
+    books = ready(
+        tmp_path, source=Tabular(name="books"), raw_dir=str(shared_data / "books-1m"), k_core=5, split=UserSplit()
+    )
+    statistics = books.statistics()
+    assert (statistics["users"], statistics["items"], statistics["interactions"]) == (38_234, 38_519, 517_167)
+    assert statistics["dropped"] == {"exact duplicates": 0, "outside the k-core": 0}
+    assert statistics["split_users"] == {"train": 30_588, "val": 3_823, "test": 3_823}
+    assert statistics["split"] == {"train": 414_115, "val": 11_504, "test": 12_019}
+    assert statistics["only_history"] == 79_529
+    held_out = np.flatnonzero(books.split.train_stop == books.data.interactions.offsets[:-1])
+    lengths = books.data.interactions.lengths[held_out].tolist()
+    assert sum(length - length * 4 // 5 for length in lengths) == 11_504 + 12_019, "in whole numbers"
+    assert sum(lengths) == 517_167 - 414_115
+    assert sum(map(len, (books.dataset(stage) for stage in STAGES))) == 30_588 + 2 * 3_823 + 38_234

@@ -1,6 +1,5 @@
-"""Interactions: what is refused, how they are numbered and ordered, k-core and leave-one-out."""
+"""Interactions: what is refused, how they are numbered and ordered, the k-core."""
 
-import dataclasses
 import random
 from collections import Counter
 
@@ -8,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys_lightning.data.interactions import Interactions, Split, draw_cold, k_core, leave_one_out, training_part
+from recsys_lightning.data.interactions import Interactions, k_core
 from recsys_lightning.errors import InputError
 
 Row = tuple[str, str, int]
@@ -154,64 +153,3 @@ def test_k_core_of_one_keeps_all(k):
 def test_a_negative_k_core_is_refused():
     with pytest.raises(InputError, match="k_core=-1"):
         k_core(frame([]), -1)
-
-
-# ------------------------------------------------------------------------------------------------- leave one out
-
-
-def test_the_last_two_items_are_held_out_where_a_user_has_three():
-    interactions = build(offsets=(0, 1, 3, 6, 10), items=[1] * 10, timestamps=range(10))  # 1, 2, 3 and 4 interactions
-    split = leave_one_out(interactions)
-    assert split.train_stop.tolist() == [1, 3, 4, 8]
-    assert split.val_stop.tolist() == [1, 3, 5, 9]
-    assert split.test_stop.tolist() == [1, 3, 6, 10]
-    assert split.sizes == (2, 2)
-
-
-# -------------------------------------------------------------------------------------------------- training part
-
-
-def test_the_training_part_is_the_training_interactions_without_cold_items():
-    rng = random.Random(3)
-    lengths = [1, 2, 3, 4, 9, 12, 30]
-    items = [rng.randrange(1, 9) for _ in range(sum(lengths))]
-    interactions = build(offsets=np.cumsum([0, *lengths]), items=items, timestamps=[0] * len(items), num_items=9)
-    split = leave_one_out(interactions)
-    for cold in ([], [4], [1, 2, 3, 8, 9], list(range(1, 10))):
-        part = training_part(interactions, dataclasses.replace(split, cold=np.array(cold, dtype=np.int64)))
-        own = [part.items[begin:end].tolist() for begin, end in zip(part.first, part.stop, strict=True)]
-        bounds = zip(interactions.offsets[:-1], split.train_stop, strict=True)
-        expected = [[item for item in items[begin:end] if item not in cold] for begin, end in bounds]
-        assert own == expected
-        counts = Counter(item for items in expected for item in items)
-        assert part.counts(9).tolist() == [counts[item] for item in range(10)]
-
-
-def test_without_cold_items_the_training_part_copies_nothing():
-    interactions = build()
-    assert training_part(interactions, leave_one_out(interactions)).items is interactions.items
-
-
-def test_a_split_holds_no_item_out_unless_it_is_told():
-    interactions = build()
-    assert Split(*[interactions.offsets[1:]] * 3).cold.tolist() == []
-    assert leave_one_out(interactions).cold.tolist() == []
-
-
-# ----------------------------------------------------------------------------------------------------- cold items
-
-
-def test_cold_items_are_different_real_items_of_the_share_asked_for():
-    drawn = draw_cold(1000, 0.05, seed=0)
-    assert len(set(drawn.tolist())) == len(drawn) == 50
-    assert drawn.tolist() == sorted(drawn)
-    assert drawn.dtype == np.int64
-    assert draw_cold(1000, 0.0, seed=0).tolist() == []
-    every = set().union(*(draw_cold(20, 0.2, seed).tolist() for seed in range(200)))
-    assert every == set(range(1, 21)), "any item may be drawn, and padding never"
-
-
-def test_cold_items_follow_from_the_number_of_items_the_share_and_the_seed():
-    assert draw_cold(100, 0.2, 7).tolist() == draw_cold(100, 0.2, 7).tolist()
-    assert draw_cold(100, 0.2, 7).tolist() != draw_cold(100, 0.2, 8).tolist()
-    assert set(draw_cold(100, 0.1, 7)) < set(draw_cold(100, 0.2, 7)), "a larger share holds a smaller one"

@@ -20,8 +20,8 @@ LOG = "bob tent 9\namy doll 4\nbob soap 3\namy tent 2\nbob soap 3\nbob doll 9\n"
 class Lines(Source):
     """Reads ``user item time`` lines; counts how often; titles are known for tents and dolls."""
 
-    def __init__(self, setting: int = 0, name: str = "lines") -> None:
-        self.setting, self._name = setting, name
+    def __init__(self, setting: int = 0, name: str = "lines", users: pl.DataFrame | None = None) -> None:
+        self.setting, self._name, self.users = setting, name, users
         self.calls = 0
         self.titles = {"doll": "a doll", "tent": "a tent", "unmet": "never met"}
 
@@ -45,7 +45,7 @@ class Lines(Source):
         columns = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64}
         interactions = pl.DataFrame([(u, i, int(t)) for u, i, t in rows], schema=columns, orient="row")
         items = pl.DataFrame({"item_id": list(self.titles), "title": list(self.titles.values())})
-        return RawData(interactions, items, rejects)
+        return RawData(interactions, items, rejects, self.users)
 
 
 @pytest.fixture
@@ -68,6 +68,22 @@ def test_rows_are_numbered_cleaned_and_given_their_fields(raw, cache):
     assert data.interactions.items.tolist() == [3, 1, 2, 1, 2]
     assert data.interactions.offsets.tolist() == [0, 3, 5]
     assert data.interactions.num_items == 3
+
+
+def test_users_are_given_their_features_in_the_order_of_their_numbers(raw, cache):
+    users = pl.DataFrame({"user_id": ["amy", "unmet"], "age": [30.0, 90.0], "country": ["no", None]})
+    for _ in range(2):  # built, then read again
+        data = prepare(Lines(users=users), raw, cache, core=0)
+        assert data.users.rows() == [("bob", None, None), ("amy", 30.0, "no")]
+        assert data.users.schema == {"user_id": pl.String, "age": pl.Float64, "country": pl.String}
+        assert data.user_ids == ["bob", "amy"]
+    assert prepare(Lines(setting=1), raw, cache, core=0).users.rows() == [("bob",), ("amy",)]
+
+
+def test_a_source_that_gives_a_user_two_rows_is_stopped(raw, cache):
+    users = pl.DataFrame({"user_id": ["amy", "amy"], "age": [30.0, 31.0]})
+    with pytest.raises(pl.exceptions.ComputeError, match="1:1"):
+        prepare(Lines(users=users), raw, cache, core=0)
 
 
 def test_a_repeat_at_another_time_is_kept_and_an_exact_duplicate_is_not(raw, cache):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from recsys_lightning.data.interactions import Interactions, Split, leave_one_out
+from recsys_lightning.data.interactions import Interactions
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset
+from recsys_lightning.data.splits import LeaveOneOut, Split, UserSplit
+from recsys_lightning.data.users import UserFeatures
 from recsys_lightning.errors import InputError
 
 STAGES = ["train", "val", "test", "predict"]
@@ -28,7 +30,7 @@ LENGTHS = [1, 2, 3, 4, 5, 9, 3, 12, 1, 30, 7]
 
 def dataset_of(stage, max_history=4, windows="last", lengths=LENGTHS) -> SequenceDataset:
     interactions = interactions_of(lengths)
-    return SequenceDataset(interactions, leave_one_out(interactions), stage, max_history, windows)
+    return SequenceDataset(interactions, LeaveOneOut()(interactions), stage, max_history, windows)
 
 
 def users_items() -> Iterator[tuple[int, list[int]]]:
@@ -97,6 +99,48 @@ def test_a_sequence_is_the_history_followed_at_once_by_the_answer():
     assert batch.sequence.tolist() == [[5, 6, 7, 1], [8, 2, 0, 0], [3, 4, 9, 0]]
 
 
+def test_a_user_split_gives_rows_of_several_answers_with_all_before_them_as_seen():
+    interactions = interactions_of(LENGTHS)
+    split = UserSplit(0.4, 0.4, history=0.6)(interactions)
+    for stage, start, stop in (("val", split.val_start, split.val_stop), ("test", split.test_start, split.test_stop)):
+        dataset = SequenceDataset(interactions, split, stage, max_history=4)
+        batch = dataset[np.arange(len(dataset))]
+        items = dict(users_items())
+        expected = {user: items[user][-n:] for user, n in enumerate((stop - start).tolist()) if n}
+        assert len(expected) == 4
+        assert max(map(len, expected.values())) > 1
+        assert dict(zip(batch.user.tolist(), unpadded(batch.target), strict=True)) == expected
+        known = {user: items[user][: -len(answers)] for user, answers in expected.items()}
+        assert dict(zip(batch.user.tolist(), unpadded(batch.seen), strict=True)) == known
+        tails = {user: seen[-4:] for user, seen in known.items()}
+        assert dict(zip(batch.user.tolist(), unpadded(batch.history), strict=True)) == tails
+
+
+def test_each_stage_reads_its_own_bounds():
+    interactions = interactions_of([6])
+    bounds = (np.array([place]) for place in (1, 2, 3, 4, 6))  # as a splitter of one's own may leave gaps
+    split, items = Split(*bounds), interactions.items.tolist()
+    for stage, known, last in (("val", 2, 3), ("test", 4, 6), ("predict", 6, 6)):
+        batch = SequenceDataset(interactions, split, stage, 9)[[0]]
+        assert (batch.history.tolist(), batch.target.tolist()) == ([items[:known]], [items[known:last]])
+    assert len(SequenceDataset(interactions, split, "train", 9)) == 0, "one item has no answer"
+
+
+def test_user_features_come_with_their_users_and_without_any_there_is_no_column():
+    interactions = interactions_of(LENGTHS)
+    features = UserFeatures(("a", "b"), (30, 7), np.arange(22).reshape(11, 2))
+    dataset = SequenceDataset(interactions, LeaveOneOut()(interactions), "test", 4, "last", features)
+    batch = dataset[[3, 0, 5]]
+    assert batch.user_features.tolist() == [[2 * user, 2 * user + 1] for user in batch.user.tolist()]
+    assert torch.equal(batch.to("cpu").user_features, batch.user_features)
+    assert batch.to("meta").user_features.device.type == "meta"
+    plain = dataset_of("test")[[3, 0, 5]]
+    assert plain.user_features.shape == (3, 0)
+    assert plain.user_features.dtype == torch.int64
+    assert replace(plain, user=plain.user[:2], history=plain.history[:2]).user_features.shape == (2, 0)
+    assert dataset.fingerprint() != dataset_of("test").fingerprint()
+
+
 @pytest.mark.parametrize("windows", ["last", "all"])
 @pytest.mark.parametrize("max_history", [1, 4, 100])
 def test_no_held_out_item_is_in_any_training_row(max_history, windows):
@@ -119,7 +163,7 @@ def test_a_test_answer_is_in_no_history_before_it():
 def test_training_rows_close_up_over_cold_items_and_no_other_row_does(max_history, windows):
     interactions = interactions_of(LENGTHS)
     cold = interactions.items[[1, 4, 20, 21, 24, 40, *range(50, 60), 68, 76]]  # some are answers of evaluation
-    split = leave_one_out(interactions)
+    split = LeaveOneOut()(interactions)
     without = replace(split, cold=np.sort(cold))
     # As if those interactions had never been: users that keep none are left out, as Interactions has no empty ones.
     kept = [
@@ -128,7 +172,7 @@ def test_training_rows_close_up_over_cold_items_and_no_other_row_does(max_histor
     left = [items for items in kept if items]
     offsets = np.cumsum([0, *map(len, left)])
     closed = Interactions(offsets, np.concatenate(left), np.zeros(offsets[-1], dtype=np.int64), interactions.num_items)
-    expected = SequenceDataset(closed, Split(*[offsets[1:]] * 3), "train", max_history, windows)
+    expected = SequenceDataset(closed, Split(*[offsets[1:]] * 5), "train", max_history, windows)
     rows = SequenceDataset(interactions, without, "train", max_history, windows)
     batch, wanted = rows[np.arange(len(rows))], expected[np.arange(len(expected))]
     assert batch.sequence.tolist() == wanted.sequence.tolist()
@@ -281,7 +325,7 @@ def test_a_fingerprint_is_that_of_the_rows_and_nothing_else(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_fingerprint_changes_with_every_item_that_a_row_reaches_and_with_no_other(stage):
     interactions = interactions_of(LENGTHS)
-    split = leave_one_out(interactions)
+    split = LeaveOneOut()(interactions)
     known = SequenceDataset(interactions, split, stage, 4)
     rows = rows_by_hand(stage, 4)
     reached = {item for _, *parts in rows for part in parts for item in part}

@@ -229,9 +229,90 @@ def test_settings_that_make_no_sense_are_refused_at_birth() -> None:
         {"timestamp_unit": "h"},
         {"name": "../up"},
         {"user_column": "item_id"},
+        {"users": "users.tsv"},
+        {"user_feature_columns": "age"},
     ):
         with pytest.raises(InputError, match=str(next(iter(options.values())))):
             Tabular(**options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------- users
+
+
+def read_users(folder: Path, users: pl.DataFrame | str, **options: Any) -> RawData:
+    """The data with this table of users, CSV where it is text."""
+    (folder / "log.csv").write_text("who,item_id,timestamp\n7,i,5\n8,i,6\n")
+    name = "users.csv" if isinstance(users, str) else "users.parquet"
+    if isinstance(users, str):
+        (folder / name).write_text(users)
+    else:
+        users.write_parquet(folder / name)
+    return Tabular("log.csv", None, "who", users=name, **options).read(folder)
+
+
+def test_without_a_file_of_users_nothing_is_known_of_them(tmp_path: Path) -> None:
+    assert read_csv(tmp_path, "user_id,item_id,timestamp\nu,i,5\n").users is None
+
+
+def test_columns_of_users_become_numbers_and_categories(tmp_path: Path) -> None:
+    table = pl.DataFrame(
+        {
+            "who": [7, 8, 9],
+            "age": [30, None, 41],
+            "height": [1.8, float("nan"), 1.6],
+            "country": [" no ", "", None],
+            "member": [True, False, None],
+            "zip": ["0150", "10115", None],
+        }
+    )
+    raw = read_users(tmp_path, table)
+    assert raw.users is not None
+    assert raw.users.rows() == [
+        ("7", 30.0, 1.8, "no", "true", "0150"),
+        ("8", None, None, None, "false", "10115"),
+        ("9", 41.0, 1.6, None, None, None),
+    ]
+    assert raw.users.dtypes == [pl.String, pl.Float64, pl.Float64, pl.String, pl.String, pl.String]
+    named = read_users(tmp_path, table, user_feature_columns=["member", "age", "age"]).users
+    assert named is not None
+    assert named.columns == ["user_id", "member", "age"]
+    assert raw.rejects.rows_read("users.parquet") == raw.rejects.rows_kept("users.parquet") == 3
+
+
+def test_a_csv_column_is_numbers_where_all_its_values_are(tmp_path: Path) -> None:
+    raw = read_users(tmp_path, "who,age,height,size\n7,30,1.8,10\n8,,nan,XL\n9,4e1,,\n")
+    assert raw.users is not None
+    assert raw.users.rows() == [("7", 30.0, 1.8, "10"), ("8", None, None, "XL"), ("9", 40.0, None, None)]
+
+
+def test_the_first_of_two_rows_of_a_user_stays_and_the_other_is_counted(tmp_path: Path) -> None:
+    text = "who,age\n7,30\n7,31\n,32\n8,33\n"
+    raw = read_users(tmp_path, text, max_rejected=1.0)
+    assert raw.users is not None
+    assert raw.users.rows() == [("7", 30.0), ("8", 33.0)]
+    assert raw.rejects.reasons("users.csv") == {"duplicate user": 1, "no user id": 1}
+    assert raw.rejects.examples("users.csv")[0].startswith("users.csv:3: duplicate user")
+    with pytest.raises(InputError, match=r"users\.csv: 2 of 4 rows.*max_rejected"):
+        read_users(tmp_path, text)
+
+
+def test_a_table_of_users_that_cannot_be_used_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no column 'agee'; did you mean 'age'\? the file has 'who', 'age'"):
+        read_users(tmp_path, "who,age\n7,30\n", user_feature_columns=["agee"])
+    with pytest.raises(InputError, match=r"no column 'who'; the file has 'user', 'age'"):
+        read_users(tmp_path, "user,age\n7,30\n")
+    with pytest.raises(InputError, match=r"there is no column but 'who'; add features or set users to null"):
+        read_users(tmp_path, "who\n7\n")
+    with pytest.raises(InputError, match=r"feature 'user_id' has the name of the id's column"):
+        read_users(tmp_path, "who,user_id\n7,1\n")
+    with pytest.raises(InputError, match=r"user feature 'tags' is List\(String\); convert it to strings or numbers"):
+        read_users(tmp_path, pl.DataFrame({"who": [7], "tags": [["a"]]}))
+    source = Tabular("log.csv", None, "who", users="gone.parquet")
+    assert [path.name for path in source.files(tmp_path)] == ["log.csv", "gone.parquet"]
+    with pytest.raises(InputError, match=r"missing .*gone\.parquet; put the files there"):
+        source.download(tmp_path)
+    with pytest.raises(InputError, match=r"gone\.parquet is missing"):
+        source.read(tmp_path)
 
 
 def test_every_setting_changes_the_fingerprint() -> None:
@@ -245,9 +326,13 @@ def test_every_setting_changes_the_fingerprint() -> None:
         "timestamp_unit": "ms",
         "max_rejected": 0.5,
     }
-    assert changes.keys() == Tabular().settings.keys()
+    assert changes.keys() == Tabular().settings.keys(), "those of users are not named where there are none"
     for key, value in changes.items():
         assert Tabular(**{key: value}).settings == Tabular().settings | {key: value}
+    users = {"users": "users.csv", "user_feature_columns": None}
+    assert Tabular(users="users.csv").settings == Tabular().settings | users
+    named = Tabular(users="users.csv", user_feature_columns=["age"]).settings
+    assert named == Tabular().settings | users | {"user_feature_columns": ["age"]}
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

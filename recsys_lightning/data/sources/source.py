@@ -1,4 +1,4 @@
-"""The contract of a data source: raw files in, two plain tables out."""
+"""The contract of a data source: raw files in, plain tables out."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,11 +21,14 @@ class RawData:
         items: column ``item_id`` (String) and one String column a text field (``title``, ``brand``, ...), null where
             the item lacks the field. Items without a row here are legal: they have no text.
         rejects: the rows that were read and not used, by reason, with file and line.
+        users: column ``user_id`` (String) and one column a feature, String (a category) or Float64 (a number), null
+            where unknown. Users without a row here are legal: nothing is known of them. None without any features.
     """
 
     interactions: pl.DataFrame
     items: pl.DataFrame
     rejects: RejectLog
+    users: pl.DataFrame | None = None
 
 
 class Source(ABC):

@@ -27,7 +27,7 @@ _PLACE = "__place"  # where a row stands in its file
 
 
 class Tabular(Source):
-    """Interactions, and optionally items, of one table each.
+    """Interactions, and optionally items and users, of one table each.
 
     A file is CSV (``.csv``, ``.csv.gz``: UTF-8, commas, a header line) or Parquet. `RawData` counts whole seconds:
     where the file is finer, its rows are put in order of time first, so that their order within a second is not lost.
@@ -44,6 +44,9 @@ class Tabular(Source):
         timestamp_unit: what a time given as number counts.
         max_rejected: the share of unusable rows that is tolerated, in each file.
         name: what to call this data; fit for a folder.
+        users: the file of users, with `user_column`; null if nothing is known of them.
+        user_feature_columns: the columns of `users` that become features: strings, bools and numbers; in CSV a column
+            of numbers alone is numbers. Null means all columns but the id.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Tabular(Source):
         timestamp_unit: Literal["s", "ms", "us"] = "s",
         max_rejected: float = 0.001,
         name: str = "tabular",
+        users: str | None = None,
+        user_feature_columns: list[str] | None = None,
     ) -> None:
-        for file in filter(None, (interactions, items)):
+        for file in filter(None, (interactions, items, users)):
             if not file.endswith(SUFFIXES):
                 raise InputError(f"{file}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
         if not 0 <= max_rejected <= 1:
@@ -70,8 +75,12 @@ class Tabular(Source):
         columns = [column for column in (user_column, item_column, timestamp_column) if column is not None]
         if len(set(columns)) < len(columns):
             raise InputError(f"columns {', '.join(columns)}: user, item and timestamp must be different columns")
+        if user_feature_columns is not None and users is None:
+            raise InputError(f"user_feature_columns is {user_feature_columns}, but users names no file to have them")
         self.interactions = interactions
         self.items = items
+        self.users = users
+        self.user_feature_columns = user_feature_columns
         self.user_column = user_column
         self.item_column = item_column
         self.timestamp_column = timestamp_column
@@ -87,7 +96,9 @@ class Tabular(Source):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments but the name."""
+        """The constructor's arguments but the name, and those of the users where there is no file of them."""
+        # Data without users keep the fingerprint that they had before there were any.
+        users = {"users": self.users, "user_feature_columns": self.user_feature_columns} if self.users else {}
         return {
             "interactions": self.interactions,
             "items": self.items,
@@ -97,14 +108,15 @@ class Tabular(Source):
             "text_columns": self.text_columns,
             "timestamp_unit": self.timestamp_unit,
             "max_rejected": self.max_rejected,
+            **users,
         }
 
     def files(self, raw_dir: Path) -> list[Path]:
-        """The file of interactions and, where there is one, of items."""
-        return [raw_dir / file for file in (self.interactions, self.items) if file is not None]
+        """The file of interactions and, where there are any, of items and of users."""
+        return [raw_dir / file for file in (self.interactions, self.items, self.users) if file is not None]
 
     def read(self, raw_dir: Path) -> RawData:
-        """Read both tables.
+        """Read the tables.
 
         Raises:
             InputError: a file is missing or unreadable, a column does not exist or has the wrong type, or more rows
@@ -116,8 +128,9 @@ class Tabular(Source):
             items = pl.DataFrame(schema={"item_id": pl.String})
         else:
             items = self._read_items(raw_dir / self.items, rejects)
+        users = None if self.users is None else self._read_users(raw_dir / self.users, rejects)
         rejects.check(self.max_rejected)
-        return RawData(interactions, items, rejects)
+        return RawData(interactions, items, rejects, users)
 
     def _read_interactions(self, path: Path, rejects: RejectLog) -> pl.DataFrame:
         wanted = [self.user_column, self.item_column]
@@ -173,6 +186,25 @@ class Tabular(Source):
         texts = {column: _text(table.schema[column], column, path) for column in named}
         return kept.select(item_id=item.cast(pl.String), **texts)
 
+    def _read_users(self, path: Path, rejects: RejectLog) -> pl.DataFrame:
+        wanted = list(dict.fromkeys([self.user_column, *(self.user_feature_columns or [])]))
+        table = _read_table(path, wanted, rejects, everything=self.user_feature_columns is None)
+        named = [c for c in table.columns if c not in (self.user_column, _PLACE)]
+        if not named:
+            raise InputError(f"{path}: there is no column but {self.user_column!r}; add features or set users to null")
+        if "user_id" in named:
+            raise InputError(f"{path}: feature 'user_id' has the name of the id's column; rename it in the file")
+        user = pl.col(self.user_column)
+        reason = (
+            _id_reason(table, self.user_column, "user", path)
+            .when(user.is_first_distinct())
+            .then(None)
+            .otherwise(pl.lit("duplicate user"))
+        )
+        kept = _keep_usable(table, reason, path, rejects)
+        features = {column: _feature(kept.get_column(column), path) for column in named}
+        return kept.select(user_id=user.cast(pl.String), **features)
+
 
 def _keep_usable(table: pl.DataFrame, reason: pl.Expr, path: Path, rejects: RejectLog) -> pl.DataFrame:
     """The rows without a reason against them; the others are counted in file order."""
@@ -217,6 +249,24 @@ def _text(kind: pl.DataType, column: str, path: Path) -> pl.Expr:
         text = pl.col(column).cast(pl.String)
     text = text.str.strip_chars()
     return pl.when(text != "").then(text)
+
+
+def _feature(column: pl.Series, path: Path) -> pl.Series:
+    """A column of users as numbers or as categories, null where it is blank."""
+    kind = column.dtype
+    if kind.is_numeric():
+        return column.cast(pl.Float64).fill_nan(None)
+    if kind not in (pl.String, pl.Categorical, pl.Enum, pl.Boolean):
+        raise InputError(
+            f"{path}: user feature {column.name!r} is {kind}; convert it to strings or numbers, or name the others in "
+            "user_feature_columns"
+        )
+    text = column.cast(pl.String).str.strip_chars()
+    text = text.set(text == "", None)
+    if path.name.endswith(".parquet"):
+        return text
+    number = text.cast(pl.Float64, strict=False)  # CSV has no types
+    return number.fill_nan(None) if number.null_count() == text.null_count() else text
 
 
 def _microseconds(
