@@ -6,7 +6,6 @@ U candidates, M beams, S tokens of an item. As the paper has it, an item is S = 
 fine, then its dense vector.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.sequences import SequenceBatch
 from recsys_lightning.distributed import gather_rows, rank, row_weight, world_size
 from recsys_lightning.errors import InputError
-from recsys_lightning.losses import cross_entropy, info_nce
+from recsys_lightning.losses import cross_entropy, info_nce, log_sampling_chance
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, ItemEncoder
 from recsys_lightning.nn.item_queue import ItemQueue
@@ -366,13 +365,10 @@ class COBRA(Recommender):
         """
         log_q = None
         if self.objective.log_q:
-            # The chance that an item with popularity p is among n items of sequences and m drawn from I items:
-            # 1 - (1 - p)^n (1 - 1/I)^m, over all processes.
             counts = torch.tensor([[met, self.objective.extra_negatives]], device=candidates.device)
-            num_met, num_drawn = gather_rows(counts).sum(0)
-            stays_out = torch.log1p(-self.log_popularity[candidates].exp()) * num_met
-            stays_out = stays_out + math.log1p(-1 / len(self.trained)) * num_drawn
-            log_q = (-torch.expm1(stays_out)).log().to(vectors.dtype)  # (U,)
+            num_met, num_drawn = gather_rows(counts).sum(0)  # of all processes
+            popularity = self.log_popularity[candidates]
+            log_q = log_sampling_chance(popularity, num_met, num_drawn, len(self.trained)).to(vectors.dtype)  # (U,)
         if self.objective.detach_targets:
             vectors = vectors.detach()
         if self.queue is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_lightning.data.sequences import SequenceBatch
+from recsys_lightning.nn.quantize import ResidualQuantizer
 from recsys_lightning.retrieval.build import IndexSettings, build_index
 from recsys_lightning.retrieval.index import ItemIndex, Similarity
 from recsys_lightning.retrieval.recommendations import Recommendations
@@ -51,6 +52,19 @@ class Recommender(nn.Module, ABC):
     def prefix_trie(self) -> PrefixTrie | None:
         """The trie of the semantic IDs that the model generates; None if it generates none."""
         return None
+
+    @property
+    def quantizer(self) -> ResidualQuantizer | None:
+        """The codebooks that are trained with the model; None of a model that has none."""
+        return None
+
+    def item_codes(self) -> Tensor:
+        """Codes (I, L) of the items 1..I as the quantizer stands.
+
+        Raises:
+            RuntimeError: the model trains no codebooks.
+        """
+        raise RuntimeError(f"{type(self).__name__} trains no codebooks")
 
     @torch.no_grad()
     def item_table(self, first: int = 1, stop: int | None = None, chunk: int = 2048) -> Tensor:

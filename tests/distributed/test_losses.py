@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -15,7 +16,10 @@ from recsys_lightning.data.sequences import SequenceBatch
 from recsys_lightning.data.text import ItemEmbeddings
 from recsys_lightning.models.cobra import COBRA, CobraDecoder, CobraObjective, CobraTokens
 from recsys_lightning.models.sasrec import SASRec
+from recsys_lightning.models.sparc import SPARC, SparcCodebooks, SparcObjective, SparcSearch
+from recsys_lightning.models.two_tower import PairObjective, TwoTower, UserSettings
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, IdItemEncoder, TextItemEncoder
+from recsys_lightning.nn.item_tower import FeatureItemEncoder
 from recsys_lightning.semantic_ids.table import SemanticIds
 
 ITEMS = 25
@@ -29,16 +33,43 @@ MODELS = {
     "COBRA, IDs alone": {"tokens": {"paths": "sparse"}},
     "COBRA, vectors alone": {"tokens": {"paths": "dense"}, "item_encoder": IdItemEncoder},
     "SASRec": None,
+    "TwoTower": {"objective": {}},
+    "TwoTower, batch": {"objective": {"drawn_from": "batch", "log_q": True}, "normalize": True},
+    "TwoTower, contrast alone": {"objective": {"bce_weight": 0.0, "contrast_pool": True}, "normalize": True},
+    "SPARC": {},
+    "SPARC, z_recon": {"objective": {"own_share": 0.0, "search_weight": 1.0}, "user": {"start": True}},
+    "SPARC, batch": {"objective": {"drawn_from": "batch"}, "normalize": True, "codebooks": {"estimator": "rotation"}},
+    "SPARC, interest alone": {
+        "objective": dict.fromkeys(
+            ("bce_weight", "contrast_weight", "rq_weight", "bpr_weight", "item_contrast_weight"), 0.0
+        ),
+        "codebooks": {"warmup_steps": 0},
+    },
+    "SPARC, warm-up": {"codebooks": {"warmup_steps": 9}, "objective": {"search_weight": 1.0}},
+    "SPARC-Static": {"codebooks": {"joint": False}},
 }
 
 
-def build(settings):
+def build(name, settings):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     fields = pl.DataFrame({"item_id": [f"{i}" for i in range(ITEMS)], "title": [f"red soap {i}" for i in range(ITEMS)]})
     vectors = np.concatenate([np.zeros((1, 6)), rng.normal(size=(ITEMS, 6))]).astype(np.float32)
     counts = np.concatenate([[0], rng.integers(1, 9, ITEMS)])
     catalog = Catalog(fields, counts, ItemEmbeddings(vectors, "f" * 64, "random"))
+    if name.startswith("TwoTower"):
+        return TwoTower(
+            catalog, 8, 6, settings.get("normalize", False), item_encoder=TOWER, user=UserSettings(dropout=0.0),
+            objective=PairObjective(negatives=2, **settings["objective"]),
+        )  # fmt: skip
+    if name.startswith("SPARC"):
+        return SPARC(
+            catalog, 8, 6, settings.get("normalize", False), TOWER,
+            UserSettings(dropout=0.0, **settings.get("user", {})),
+            SparcCodebooks(**({"num_codes": 4, "warmup_steps": 1} | settings.get("codebooks", {}))),
+            SparcObjective(negatives=2, **settings.get("objective", {})),
+            SparcSearch(num_interests=2),
+        )  # fmt: skip
     if settings is None:
         return SASRec(catalog, dim=8, dropout=0.0, max_history=6)
     codes = torch.randint(0, 3, (ITEMS + 1, 2))
@@ -63,19 +94,39 @@ def whole_batch():
     )
 
 
+TOWER = partial(FeatureItemEncoder, text=True, dropout=0.0)
+
+
+# Draws that are the same however many processes share out a batch. The first position of all stands in the first
+# process, so that the first of anything is drawn; of weights the largest.
+DRAWS = {
+    "rand": lambda *size, device=None: torch.zeros(size, device=device),
+    "randint": lambda high, size, device=None: torch.zeros(size, dtype=torch.long, device=device),
+    "randperm": lambda count, device=None: torch.arange(count, device=device),
+    "multinomial": lambda weights, count, replacement: weights.argmax(1, keepdim=True).expand(-1, count),
+}
+
+
+@mock.patch.multiple(torch, **DRAWS)
 def two_steps(model, batch):
-    """Losses and gradients of the second of two steps: the queue of the first is in it."""
+    """Losses and gradients of the second of two steps: the queue of the first is in it, and SPARC has its codes."""
     model.train()
-    model.losses(batch)
+    sum(model.losses(batch).values()).backward()
+    # In the warm-up as after it: DistributedDataParallel waits for the gradient of every weight.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
     terms = model.losses(batch)
     sum(terms.values()).backward()
-    return {name: term.detach() for name, term in terms.items()}, {n: p.grad for n, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: term.detach() for name, term in terms.items()}, grads
 
 
 def process(number, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=world)
     for name, settings in MODELS.items():
-        model, batch = build(settings), whole_batch()
+        model, batch = build(name, settings), whole_batch()
+        if model.quantizer is not None:  # each process finds codebooks of its own, and all must take the first one's
+            model.settings = dataclasses.replace(model.settings, seed=number)
         part = {f.name: getattr(batch, f.name)[number::world] for f in dataclasses.fields(batch)}
         terms, grads = two_steps(model, SequenceBatch(**part))
         # What DistributedDataParallel does: the mean over processes.
@@ -87,6 +138,9 @@ def process(number, world, folder):
             assert found.keys() == wanted.keys()
             for key in found:
                 assert torch.allclose(found[key], wanted[key], atol=1e-6, rtol=1e-4), f"{name}: {key}"
+        if model.quantizer is not None:
+            for key, value in model.state_dict().items():
+                assert torch.allclose(value, expected["state"][key], atol=1e-6), f"{name}: {key}"
     dist.destroy_process_group()
 
 
@@ -94,7 +148,8 @@ def process(number, world, folder):
 def test_losses_and_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path, world):
     pytest.importorskip("tokenizers")
     for name, settings in MODELS.items():
-        terms, grads = two_steps(build(settings), whole_batch())
+        model = build(name, settings)
+        terms, grads = two_steps(model, whole_batch())
         assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
-        torch.save({"terms": terms, "grads": grads}, tmp_path / f"{name}.pt")
+        torch.save({"terms": terms, "grads": grads, "state": model.state_dict()}, tmp_path / f"{name}.pt")
     mp.spawn(process, args=(world, tmp_path), nprocs=world)
