@@ -18,7 +18,7 @@ from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.sequences import SequenceBatch
 from recsys_lightning.distributed import gather_rows, row_weight
 from recsys_lightning.errors import InputError
-from recsys_lightning.losses import binary_cross_entropy, info_nce
+from recsys_lightning.losses import binary_cross_entropy, info_nce, log_sampling_chance
 from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.nn.item_encoders import ItemEncoder
 from recsys_lightning.nn.item_tower import FeatureItemEncoder
@@ -210,12 +210,18 @@ class TwoTower(Recommender):
             terms["bce"] = share * settings.bce_weight * binary_cross_entropy(scores[:, :1], scores[:, 1:])
         if settings.contrast_weight:
             count = len(pairs.items) if settings.contrast_pool else pairs.answers
-            log_q = self.log_popularity[pairs.items[:count]] if settings.log_q else None
+            log_q = self._log_chance(pairs, pairs.items[:count]) if settings.log_q else None  # (U,)
             contrast = info_nce(
                 contrasted, candidates[:count], pairs.right, settings.temperature, None, log_q, settings.contrast_by
             )
             terms["contrast"] = share * settings.contrast_weight * contrast
         return terms
+
+    def _log_chance(self, pairs: Pairs, items: Tensor) -> Tensor:
+        """Log of the chance that items (U,) are candidates of L_CL: answers of all processes, and this one's pool."""
+        num_met = gather_rows(torch.tensor([len(pairs.row)], device=items.device)).sum()
+        drawn = self.objective.pool if self.objective.contrast_pool and self.objective.drawn_from == "uniform" else 0
+        return log_sampling_chance(self.log_popularity[items], num_met, drawn, len(self.trained))
 
     def _with_idle(self, terms: dict[str, Tensor], *idle: Tensor) -> dict[str, Tensor]:
         """The same losses, connected to what none of them may need: every process passes on every gradient."""

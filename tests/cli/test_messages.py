@@ -53,7 +53,10 @@ COMMAND_LINES = [
         "no key 'trainer.logger.save_dri' of CSVLogger; did you mean 'trainer.logger.save_dir'?",
     ),
     ("--model.model COBAR", "no Recommender 'COBAR' for model.model; did you mean 'COBRA'?"),
-    ("--model.model RQVAE", "no Recommender 'RQVAE' for model.model; there are COBRA, Popularity, SASRec, SPARC, TwoTower"),
+    (
+        "--model.model RQVAE",
+        "no Recommender 'RQVAE' for model.model; there are COBRA, Popularity, SASRec, SPARC, TwoTower",
+    ),
     (
         "--model.model recsys_lightning.models.cobra.COBAR",
         "no Recommender 'recsys_lightning.models.cobra.COBAR' for model.model; did you mean 'COBRA'?",

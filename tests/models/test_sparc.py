@@ -115,13 +115,19 @@ class Loops:
     def mixed(self, position, item):
         return self.first(item) if self.by_code[position] else self.total(item)
 
+    def chance(self, item):
+        """That an item is among the candidates: met by one of the positions, or drawn."""
+        drawn = len(self.pool) if self.aims.contrast_pool and self.aims.drawn_from == "uniform" else 0
+        stays_out = (1 - math.exp(self.log_p[item])) ** len(self.positions)
+        return 1 - stays_out * (1 - 1 / len(self.model.trained)) ** drawn
+
     def contrast(self, query, vectors, candidates, own, log_q):
         """A cross-entropy of products over candidates, each of which stands there once."""
         scores = []
         for item in candidates:
             pair = (query, vectors[item])
             alike = F.cosine_similarity(*pair, dim=0) if self.aims.contrast_by == "cosine" else pair[0] @ pair[1]
-            scores.append(alike / self.aims.temperature - (self.log_p[item] if log_q else 0))
+            scores.append(alike / self.aims.temperature - (math.log(self.chance(item)) if log_q else 0))
         return -torch.stack(scores).log_softmax(0)[candidates.index(own)]
 
     def bce(self):

@@ -70,6 +70,13 @@ def reference_losses(model, catalog, draws):
     pool = model.trained[draws[0]].tolist() if uniform else answers
     candidates = sorted({*answers, *pool} if objective.contrast_pool else set(answers))
     log_p = [math.log(max(n, 1) / catalog.train_counts.sum()) for n in catalog.train_counts.tolist()]
+    num_drawn = len(pool) if objective.contrast_pool and uniform else 0
+
+    def chance(item):
+        """That an item is among the candidates: met by one of the positions, or drawn."""
+        p, num_items = math.exp(log_p[item]), len(model.trained)
+        return 1 - (1 - p) ** len(answers) * (1 - 1 / num_items) ** num_drawn
+
     rows, contrast = [], []
     for (prefix, item), wrong in zip(positions, draws[-1], strict=True):
         u = model.history(z[prefix][None], torch.zeros(1, 0, dtype=torch.long))[0, -1]
@@ -81,7 +88,7 @@ def reference_losses(model, catalog, draws):
         v = F.normalize(u, dim=0) if objective.contrast_by == "cosine" else u
         w = F.normalize(z, dim=1) if objective.contrast_by == "cosine" else z
         scores = torch.stack(
-            [v @ w[c] / objective.temperature - (log_p[c] if objective.log_q else 0) for c in candidates]
+            [v @ w[c] / objective.temperature - (math.log(chance(c)) if objective.log_q else 0) for c in candidates]
         )
         contrast.append(-scores.log_softmax(0)[candidates.index(item)])
     return {
