@@ -21,7 +21,7 @@ from recsys_lightning.models.sparc import SPARC, SparcSearch
 from recsys_lightning.retrieval.soft_search import Merge
 
 TEMPERATURES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-WEIGHTED: tuple[Merge, ...] = ("quota", "p_weighted", "sum")  # merges that ask how probable an interest is
+WEIGHTED: tuple[Merge, ...] = ("quota", "p_weighted", "mixture", "sum")  # merges that ask how probable an interest is
 TOP_1, UNIFORM = 0.0, math.inf  # the limits of the temperature
 
 

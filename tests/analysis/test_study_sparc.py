@@ -245,7 +245,7 @@ def test_one_interest_has_nothing_to_weight(data):
         ({"temperatures": (1.0, 1.0)}, "--temperatures 1.0 1.0: need different values"),
         ({"temperatures": (1.0, 0.0)}, "--temperatures 0: need finite values above 0"),
         ({"temperatures": (math.inf,)}, "--temperatures inf: need finite"),
-        ({"merges": ("max",)}, "--merges max: the temperature matters to quota, p_weighted, sum alone"),
+        ({"merges": ("max",)}, "--merges max: the temperature matters to quota, p_weighted, mixture, sum alone"),
         ({"k": 0}, "--k 0"),
         ({"num_interests": 0}, "--num_interests 0"),
     ],
