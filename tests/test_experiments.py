@@ -262,7 +262,8 @@ def test_an_experiment_takes_two_steps_and_a_validation(name, cache, tmp_path, m
         codes[0] = 0
         SemanticIds(codes, sizes["num_codes"], catalog.text_fingerprint, "random").save("ids.safetensors")
         settings += ["--model.model.semantic_ids", "ids.safetensors"]
-    if (own.get("item_encoder", {}).get("init_args") or {}).get("fields"):  # of 24 items few share a brand
+    encoder = own.get("item_encoder", {})
+    if "min_count" in (encoder.get("init_args") or {}):  # of 24 items few share a brand
         settings += ["--model.model.item_encoder.min_count", "1"]
     settings += ["--trainer.max_steps", "2", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
     settings += ["--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1"]
