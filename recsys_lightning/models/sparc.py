@@ -211,7 +211,7 @@ class SPARC(TwoTower):
             codebooks.num_codes,
             codebooks.commitment,
             "gradient",
-            dead_code_threshold=codebooks.dead_code_threshold if codebooks.joint else 0.0,
+            dead_code_threshold=codebooks.dead_code_threshold,
             estimator=codebooks.estimator,
             loss_form=codebooks.loss_form,
         )
@@ -382,14 +382,23 @@ class SPARC(TwoTower):
     @torch.no_grad()
     def interest_logits(self, batch: SequenceBatch) -> Tensor:
         """(B, C) how likely each level-1 code is next, of the users alone; `target` is never looked at."""
+        return self._logits_of(batch, self.history_vectors(batch.history))
+
+    def _logits_of(self, batch: SequenceBatch, vectors: Tensor) -> Tensor:
+        """`interest_logits` of users whose histories have item vectors (B, T, D)."""
         at = self.last_states(batch)
-        logits: Tensor = self.interest(self.history_vectors(batch.history), batch.user_features)
+        logits: Tensor = self.interest(vectors, batch.user_features)  # (B, S, C)
         return logits[torch.arange(len(at), device=at.device), at]
 
     @torch.no_grad()
     def interest_queries(self, batch: SequenceBatch, codes: Tensor) -> Tensor:
         """(B, K, D) the user's vector for each of the level-1 codes (B, K), in one pass."""
-        states, at = self.read_histories(batch)
+        return self._queries_of(batch, self.history_vectors(batch.history), codes)
+
+    def _queries_of(self, batch: SequenceBatch, vectors: Tensor, codes: Tensor) -> Tensor:
+        """`interest_queries` of users whose histories have item vectors (B, T, D)."""
+        at = self.last_states(batch)
+        states = self.history(vectors, batch.user_features)  # (B, S, D)
         rows = torch.arange(len(at), device=at.device)
         return self._scaled(self.reader(states, rows, at, self.books.codebooks[0][codes]))
 
@@ -399,10 +408,11 @@ class SPARC(TwoTower):
         if not self.has_codes:
             return super().recommend(batch, k, index)
         search = self.search
-        log_probs = (self.interest_logits(batch) / search.temperature).log_softmax(-1)
+        vectors = self.history_vectors(batch.history)  # (B, T, D) for both towers
+        log_probs = (self._logits_of(batch, vectors) / search.temperature).log_softmax(-1)
         best = log_probs.topk(search.num_interests)
         chosen = torch.zeros_like(best.values) if search.interests == "uniform" else best.values
-        queries = self.interest_queries(batch, best.indices)
+        queries = self._queries_of(batch, vectors, best.indices)
         cells = Cells(self._first_codes(index), best.indices) if search.restrict_to_code else None
         return soft_search(
             index,

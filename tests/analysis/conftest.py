@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from recsys_lightning.data.interactions import Interactions
+
 
 def table_of(first: list[int], unseen: list[int] | None = None, users: list[str] | None = None) -> pl.DataFrame:
     """One answer a user, without ties."""
@@ -72,3 +74,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]
     for name, ranks in first.items():
         run_of(Path(name), ranks, [max(rank - 1, 0) for rank in ranks], int(name[-1]))
     return first
+
+
+@pytest.fixture
+def small() -> Interactions:
+    """Users 0 to 3: too few; no repeat, with a tie; a repeat; a held-out item that the one before it repeats."""
+    lengths, items = [2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7, 8, 6, 1, 2, 3, 4, 4]
+    times = [5, 9, 10, 10, 11, 1, 2, 3, 4, 1, 2, 3, 4, 5]
+    return Interactions(np.cumsum([0, *lengths]), np.array(items), np.array(times), 8)

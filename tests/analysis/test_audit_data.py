@@ -25,33 +25,22 @@ from recsys_lightning.data.sequences import SequenceBatch, SequenceDataset
 from recsys_lightning.data.sources import Synthetic
 from recsys_lightning.data.splits import LeaveOneOut, UserSplit, training_part
 
-# Users 0 to 3: too few; no repeat, with a tie; a repeat; a held-out item that the held-out one before it repeats.
-LENGTHS = [2, 3, 4, 5]
-ITEMS = [1, 2, 3, 4, 5, 6, 7, 8, 6, 1, 2, 3, 4, 4]
-TIMES = [5, 9, 10, 10, 11, 1, 2, 3, 4, 1, 2, 3, 4, 5]
-
-
-@pytest.fixture
-def small() -> Interactions:
-    return Interactions(np.cumsum([0, *LENGTHS]), np.array(ITEMS), np.array(TIMES), 8)
-
-
 # -------------------------------------------------------------------------------------------------------- scrambling
 
 
 def test_scrambling_puts_another_item_at_each_position_and_nowhere_else(small):
-    positions = np.array([0, 4, 8, 13])
+    positions, items = np.array([0, 4, 8, 13]), small.items.tolist()
     seen: list[set[int]] = [set() for _ in positions]
     for seed in range(200):
         changed = scrambled(small, positions, seed)
         assert np.flatnonzero(changed.items != small.items).tolist() == positions.tolist()
         assert np.array_equal(changed.timestamps, small.timestamps)
         assert np.array_equal(changed.offsets, small.offsets)
-        for items, position in zip(seen, positions, strict=True):
-            items.add(int(changed.items[position]))
-    assert [len(items) for items in seen] == [7, 7, 7, 7], "every other item may come"
+        for found, position in zip(seen, positions, strict=True):
+            found.add(int(changed.items[position]))
+    assert [len(found) for found in seen] == [7, 7, 7, 7], "every other item may come"
     assert np.array_equal(scrambled(small, positions, 3).items, scrambled(small, positions, 3).items)
-    assert small.items.tolist() == ITEMS
+    assert small.items.tolist() == items
 
 
 # ----------------------------------------------------------------------------------------------------------- worlds

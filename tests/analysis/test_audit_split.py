@@ -10,17 +10,6 @@ from recsys_lightning.analysis.audit_split import BOUNDS, check_split, recount
 from recsys_lightning.data.interactions import Interactions
 from recsys_lightning.data.splits import LeaveOneOut, Splitter, UserSplit
 
-# Users 0 to 3: too few; no repeat, with a tie; a repeat; a held-out item that the held-out one before it repeats.
-LENGTHS = [2, 3, 4, 5]
-ITEMS = [1, 2, 3, 4, 5, 6, 7, 8, 6, 1, 2, 3, 4, 4]
-TIMES = [5, 9, 10, 10, 11, 1, 2, 3, 4, 1, 2, 3, 4, 5]
-
-
-@pytest.fixture
-def small() -> Interactions:
-    return Interactions(np.cumsum([0, *LENGTHS]), np.array(ITEMS), np.array(TIMES), 8)
-
-
 # ---------------------------------------------------------------------------------------------------- leave one out
 
 

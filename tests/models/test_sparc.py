@@ -469,20 +469,6 @@ def test_a_code_that_nothing_uses_is_revived_in_joint_training_only(build, batch
 # ------------------------------------------------------------------------------------------------- settings
 
 
-def trace(model, batch):
-    """Losses of three training steps: what changes a loss, a gradient or a state changes the trace."""
-    model.train()
-    torch.manual_seed(3)
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.3), []
-    for _ in range(3):
-        terms = model.losses(batch)
-        sum(terms.values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found += [(name, float(term.detach())) for name, term in terms.items()]
-    return found
-
-
 CODEBOOKS = {
     "num_levels": 2,
     "num_codes": 5,
@@ -511,7 +497,7 @@ OBJECTIVE = {
 }
 
 
-def test_every_setting_of_codebooks_and_objective_changes_training(build, batch):
+def test_every_setting_of_codebooks_and_objective_changes_training(build, batch, trace):
     inherited = {f.name for f in dataclasses.fields(PairObjective)}  # the tests of the two-tower model have them
     assert OBJECTIVE.keys() == {f.name for f in dataclasses.fields(SparcObjective)} - inherited
     assert CODEBOOKS.keys() == {f.name for f in dataclasses.fields(SparcCodebooks)}

@@ -208,20 +208,6 @@ def test_user_features_reach_losses_and_lists(build, batch_of, with_features):
         model.losses(batch)
 
 
-def trace(model, batch):
-    """Losses of three training steps: what changes a loss, a gradient or a state changes the trace."""
-    model.train()
-    torch.manual_seed(3)
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.3), []
-    for _ in range(3):
-        terms = model.losses(batch)
-        sum(terms.values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found += [(name, float(term.detach())) for name, term in terms.items()]
-    return found
-
-
 OBJECTIVE = {
     "negatives": 5,
     "drawn_from": "batch",
@@ -236,7 +222,7 @@ OBJECTIVE = {
 USER = {"num_layers": 2, "num_heads": 4, "dropout": 0.5, "start": True}
 
 
-def test_every_setting_changes_training(build, batch_of):
+def test_every_setting_changes_training(build, batch_of, trace):
     assert OBJECTIVE.keys() == {f.name for f in dataclasses.fields(PairObjective)}
     assert USER.keys() == {f.name for f in dataclasses.fields(UserSettings)}
     batch = batch_of(*HISTORIES, targets=TARGETS)
