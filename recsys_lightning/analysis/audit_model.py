@@ -154,7 +154,7 @@ def check_semantic_ids(
     if tokenizer is None:
         return not_checked(name, f"they name the catalogue's text embeddings as their origin, but {why_not}")
     embeddings = catalog.text_embeddings()
-    again = tokenize(tokenizer, embeddings, table.embeddings_fingerprint, "")
+    again = tokenize(tokenizer, embeddings, table.embeddings_fingerprint, "", catalog.fields)
     if again.codes.shape != table.codes.shape:
         shapes = f"{again.num_levels} codes an item, the table has {table.num_levels}"
         return verdict(name, [f"their tokenizer makes {shapes}"], "")

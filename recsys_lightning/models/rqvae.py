@@ -6,13 +6,14 @@ TIGER (arXiv:2305.05065) section 3.1; COBRA (arXiv:2503.02453) section 3.1.1.
 from collections.abc import Sequence
 from typing import Literal, Self
 
+import polars as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.mlp import MLP
-from recsys_lightning.nn.quantize import ResidualQuantizer
+from recsys_lightning.nn.quantize import ResidualQuantizer, residual_decode
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
 
 # Rows the encoder takes at once in `fit`: bounds memory on catalogues of millions.
@@ -89,8 +90,8 @@ class RQVAE(ItemTokenizer):
         return bool(self.quantizer.initialised)
 
     @torch.no_grad()
-    def fit(self, embeddings: Tensor) -> Self:
-        """Set the codebooks by residual k-means on the encoder's outputs for embeddings (I, D) of real items.
+    def fit(self, embeddings: Tensor, fields: pl.DataFrame | None = None) -> Self:
+        """Set the codebooks by residual k-means on the encoder's outputs for embeddings (I, D); `fields` are not read.
 
         Raises:
             InputError: Embeddings of another width, or not finite.
@@ -98,14 +99,14 @@ class RQVAE(ItemTokenizer):
         check_embeddings(embeddings, self.embedding_dim)
         was_training = self.training
         self.eval()
-        latents = [self.encoder(self._rows(rows)) for rows in torch.split(embeddings, _FIT_BATCH)]
+        latents = [self.encoder(self.target(rows)) for rows in torch.split(embeddings, _FIT_BATCH)]
         self.train(was_training)
         self.quantizer.init_from_data(torch.cat(latents), seed=self.seed)
         return self
 
     def losses(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Weighted loss terms of embeddings (B, D): `reconstruction` and `quantization`, each ()."""
-        x = self._rows(embeddings)  # (B, D)
+        x = self.target(embeddings)  # (B, D)
         quantized = self.quantizer(self.encoder(x))
         error = (self.decoder(quantized.vectors) - x).square().sum(-1).mean()  # ()
         return {"reconstruction": self.reconstruction_weight * error, "quantization": quantized.loss}
@@ -113,15 +114,22 @@ class RQVAE(ItemTokenizer):
     @torch.no_grad()
     def encode(self, embeddings: Tensor) -> Tensor:
         """Codes (B, L) of embeddings (B, D). In training mode dropout acts on them: call `eval()` first."""
-        return self.quantizer.encode(self.encoder(self._rows(embeddings)))
+        return self.quantizer.encode(self.encoder(self.target(embeddings)))
 
     @torch.no_grad()
-    def reconstruct(self, embeddings: Tensor) -> Tensor:
-        """What the codes alone keep of embeddings (B, D), (B, D); of the scaled embeddings when `normalize` is set."""
-        rebuilt: Tensor = self.decoder(self.quantizer.decode(self.encode(embeddings)))  # (B, D)
+    def decode(self, codes: Tensor) -> Tensor:
+        """What the decoder makes of codes (B, L), (B, D)."""
+        rebuilt: Tensor = self.decoder(self.quantizer.decode(codes.to(self.device)))  # (B, D)
         return rebuilt
 
-    def _rows(self, embeddings: Tensor) -> Tensor:
-        weight = next(self.encoder.parameters())
-        rows = embeddings.to(weight)  # (B, D)
+    def target(self, embeddings: Tensor) -> Tensor:
+        """The embeddings (B, D), scaled to length 1 where `normalize` is set."""
+        rows = embeddings.to(next(self.encoder.parameters()))  # (B, D)
         return F.normalize(rows, dim=-1) if self.normalize else rows
+
+    @torch.no_grad()
+    def last_distances(self, embeddings: Tensor, codes: Tensor) -> Tensor:
+        """Squared distances (B, K), in the latent space, of what the levels before the last leave to its codewords."""
+        books = self.quantizer.codebooks
+        before = residual_decode(codes[:, :-1].to(self.device), books[:-1])  # (B, latent)
+        return torch.cdist(self.encoder(self.target(embeddings)) - before, books[-1]).square()

@@ -2,6 +2,7 @@
 
 from typing import Self
 
+import polars as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,24 +67,20 @@ class ResidualKMeans(ItemTokenizer):
         return bool(self.was_fitted)
 
     @torch.no_grad()
-    def fit(self, embeddings: Tensor) -> Self:
-        """Learn all codebooks from embeddings (I, D) of real items.
+    def fit(self, embeddings: Tensor, fields: pl.DataFrame | None = None) -> Self:
+        """Learn all codebooks from embeddings (I, D) of real items; `fields` are not read.
 
         Raises:
             InputError: Embeddings of another width, or not finite.
         """
         check_embeddings(embeddings, self.embedding_dim)
-        rows = self._rows(embeddings)  # (I, D)
+        rows = self.target(embeddings)  # (I, D)
         codebooks = residual_kmeans(
             rows, self.num_levels, self.num_codes, self.num_iterations, num_starts=_NUM_STARTS, seed=self.seed
         )
         self.codebooks.copy_(codebooks)
         self.was_fitted.fill_(True)
         return self
-
-    def losses(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """Nothing: `fit` was all there is to learn."""
-        return {}
 
     @torch.no_grad()
     def encode(self, embeddings: Tensor) -> Tensor:
@@ -94,13 +91,20 @@ class ResidualKMeans(ItemTokenizer):
         """
         if not self.fitted:
             raise RuntimeError("ResidualKMeans.encode was called before fit: there are no codebooks yet")
-        return residual_encode(self._rows(embeddings), self.codebooks)
+        return residual_encode(self.target(embeddings), self.codebooks)
 
     @torch.no_grad()
-    def reconstruct(self, embeddings: Tensor) -> Tensor:
-        """The sum of an embedding's codewords, (B, D); of the scaled embedding when `normalize` is set."""
-        return residual_decode(self.encode(embeddings), self.codebooks)
+    def decode(self, codes: Tensor) -> Tensor:
+        """The sum of the codewords that codes (B, L) name, (B, D)."""
+        return residual_decode(codes.to(self.device), self.codebooks)
 
-    def _rows(self, embeddings: Tensor) -> Tensor:
+    def target(self, embeddings: Tensor) -> Tensor:
+        """The embeddings (B, D), scaled to length 1 where `normalize` is set."""
         rows = embeddings.to(self.codebooks)  # (B, D)
         return F.normalize(rows, dim=-1) if self.normalize else rows
+
+    @torch.no_grad()
+    def last_distances(self, embeddings: Tensor, codes: Tensor) -> Tensor:
+        """Squared distances (B, K) of what the levels before the last leave to its codewords."""
+        before = residual_decode(codes[:, :-1].to(self.device), self.codebooks[:-1])  # (B, D)
+        return torch.cdist(self.target(embeddings) - before, self.codebooks[-1]).square()

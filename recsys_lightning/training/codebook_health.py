@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.quantize import ResidualQuantizer
+from recsys_lightning.semantic_ids.health import usage_metrics
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
 from recsys_lightning.training.checkpoints import Learner, trained_model
 from recsys_lightning.training.recommender import RecommenderModule
-from recsys_lightning.training.tokenizer import TokenizerModule, usage_metrics
+from recsys_lightning.training.tokenizer import TokenizerModule
 
 # Half of the codes, used evenly, have a perplexity of half the size: rounding must not lift it above that.
 _ROUNDING = 1e-6
@@ -193,7 +194,7 @@ def item_codes_now(model: Learner, catalog: Catalog) -> SemanticIds | None:
     if isinstance(model, ItemTokenizer):
         if not model.fitted:
             return None
-        return tokenize(model, catalog.text_embeddings(), catalog.text_fingerprint, name, batch_size=8192)
+        return tokenize(model, catalog.text_embeddings(), catalog.text_fingerprint, name, catalog.fields)
     quantizer = quantizer_of(model)
     if quantizer is None or not quantizer.initialised:
         return None

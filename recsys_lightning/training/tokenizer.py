@@ -15,7 +15,8 @@ from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.datamodules import CatalogDataModule
-from recsys_lightning.semantic_ids.table import CollisionReport, SemanticIds
+from recsys_lightning.semantic_ids.health import describe, usage_metrics
+from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
 from recsys_lightning.training.objective import log_losses
 from recsys_lightning.training.optimizers import Schedule, build_optimizer, check_warmup
@@ -89,7 +90,9 @@ class TokenizerModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Learn in closed form what can be, unless a checkpoint brought it."""
         if not self.built.fitted:
-            self.built.fit(self._catalog.text_embeddings()[self._warm_items].to(self.device))
+            warm = self._warm_items
+            embeddings = self._catalog.text_embeddings()[warm].to(self.device)
+            self.built.fit(embeddings, self._catalog.fields[(warm - 1).numpy()])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
@@ -134,9 +137,8 @@ class TokenizerModule(L.LightningModule):
     def semantic_ids(self) -> SemanticIds:
         """The table of the whole catalogue as the tokenizer stands now."""
         catalog = self._catalog
-        return tokenize(
-            self.built, catalog.text_embeddings(), catalog.text_fingerprint, type(self.built).__name__, batch_size=8192
-        )
+        name = type(self.built).__name__
+        return tokenize(self.built, catalog.text_embeddings(), catalog.text_fingerprint, name, catalog.fields)
 
     def _log_losses(self, batch: Tensor, stage: str) -> None:
         losses = self.built.losses(batch)
@@ -149,31 +151,3 @@ class TokenizerModule(L.LightningModule):
     def _log_usage(self, table: SemanticIds, stage: str) -> None:
         values = {f"{stage}/{name}": value for name, value in usage_metrics(table).items()}
         self.log_dict(values, sync_dist=True)
-
-
-def usage_metrics(table: SemanticIds) -> dict[str, float]:
-    """What is logged of the codes in a table, by name: cells and collisions, and how each level's codes are used.
-
-    ``collision_rate``, ``cells``, ``largest_cell``, and for each level l from 1 ``perplexity@l``, ``entropy@l`` (share
-    of log K) and ``dead_codes@l``.
-    """
-    report = table.collision_report()
-    values: dict[str, float] = {
-        "collision_rate": report.collision_rate,
-        "cells": report.num_cells,
-        "largest_cell": report.largest_cell,
-    }
-    for level in range(table.num_levels):
-        values[f"perplexity@{level + 1}"] = report.perplexity[level]
-        values[f"entropy@{level + 1}"] = report.entropy_share[level]
-        values[f"dead_codes@{level + 1}"] = table.num_codes - report.used_codes[level]
-    return {name: float(value) for name, value in values.items()}
-
-
-def describe(report: CollisionReport) -> str:
-    """A collision report in one line."""
-    perplexity = ", ".join(f"{value:.1f}" for value in report.perplexity)
-    return (
-        f"{report.num_items} items in {report.num_cells} cells, largest {report.largest_cell}, "
-        f"collision rate {report.collision_rate:.3f}, perplexity of the levels {perplexity}"
-    )

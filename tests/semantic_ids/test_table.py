@@ -180,7 +180,7 @@ def test_even_use_has_perplexity_k_and_one_code_has_perplexity_one():
 def test_tokenize_gives_every_item_the_code_it_has_alone_and_pads_row_zero():
     embeddings = torch.randn(21, 6, generator=torch.Generator().manual_seed(0))
     tokenizer = ResidualKMeans(6, 2, 4).fit(embeddings[1:]).train()
-    ids = tokenize(tokenizer, embeddings, OURS, "RK-means 2x4", batch_size=8)
+    ids = tokenize(tokenizer, embeddings, OURS, "RK-means 2x4")
     assert (ids.num_items, ids.num_codes, ids.embeddings_fingerprint, ids.tokenizer) == (20, 4, OURS, "RK-means 2x4")
     for item in range(1, 21):
         assert torch.equal(ids.codes[item], tokenizer.encode(embeddings[item : item + 1])[0])
