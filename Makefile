@@ -20,7 +20,7 @@ TORCH_cpu := torch==2.13.0
 TORCH_gpu := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format ablate ablate-cobra ablate-sparc bench-evaluation bench-retrieval bench-cobra clean
+.PHONY: help install demo test test-slow check format ablate ablate-cobra ablate-sparc bench-tokenizers bench-rqvae bench-evaluation bench-retrieval bench-cobra clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -64,6 +64,14 @@ ablate-cobra: ablate ## COBRA, one difference at a time
 # The Books grid needs its tables: ARGS="--data.raw_dir DIR" names their folder.
 ablate-sparc: GRID ?= experiments/ablations/sparc_cpu.yaml
 ablate-sparc: ablate ## SPARC, one difference at a time
+
+# The grid trains COBRA a short time on each tokenizer's semantic IDs; what is finished is not run again.
+bench-tokenizers: $(STAMP) ## every tokenizer on one embedding: time, collisions, health, and what COBRA makes of it (two hours)
+	$(BIN)/recsys ablate experiments/ablations/tokenizers.yaml $(ARGS)
+	$(BIN)/recsys study tokenizers runs/ablations/tokenizers/with-*-seed42 --output experiments/results/tokenizers.md
+
+bench-rqvae: $(STAMP) ## how healthy the RQ-VAE presets end, and what a step of ours costs beside a public library's
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/rqvae.py --output experiments/results/rqvae.md
 
 # The runs that these need: `recsys fit` with experiments/rqvae/beauty_cpu.yaml, then experiments/cobra/beauty_cpu.yaml.
 bench-evaluation: $(STAMP) ## what an evaluation costs, on the Beauty files and with a trained COBRA

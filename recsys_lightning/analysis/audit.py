@@ -210,7 +210,9 @@ def _semantic_checks(
         yield check_semantic_ids(table, catalog, None, no_tokenizer or "there is no run of its tokenizer")
         return
     try:
-        yield check_semantic_ids(table, catalog, _trained_tokenizer(maker, catalog))
+        tokenizer_model = _trained_tokenizer(maker, catalog)
+        collisions = maker.module.collisions if isinstance(maker.module, TokenizerModule) else "none"
+        yield check_semantic_ids(table, catalog, tokenizer_model, collisions=collisions)
     except InputError as error:
         yield check_semantic_ids(table, catalog, None, f"their tokenizer cannot be asked: {error}")
     if maker is not run:

@@ -15,6 +15,7 @@ from recsys_lightning.analysis.audit_check import Check, not_checked, verdict
 from recsys_lightning.analysis.audit_data import Batch
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.models.recommender import Recommender
+from recsys_lightning.semantic_ids.collisions import Policy, resolve
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
 from recsys_lightning.training import checkpoints
@@ -135,7 +136,11 @@ def check_texts(clean: Catalog, changed: Catalog) -> Check:
 
 
 def check_semantic_ids(
-    table: SemanticIds, catalog: Catalog, tokenizer: ItemTokenizer | None, why_not: str = ""
+    table: SemanticIds,
+    catalog: Catalog,
+    tokenizer: ItemTokenizer | None,
+    why_not: str = "",
+    collisions: Policy = "none",
 ) -> Check:
     """The semantic IDs are what their tokenizer makes of the item texts, and nothing else.
 
@@ -144,6 +149,7 @@ def check_semantic_ids(
         catalog: with the text embeddings they should come from.
         tokenizer: the trained tokenizer that should have made them; None if there is none to ask.
         why_not: the reason for that.
+        collisions: what its run does about them.
     """
     name = "semantic IDs"
     if table.embeddings_fingerprint != catalog.text_fingerprint:
@@ -154,7 +160,8 @@ def check_semantic_ids(
     if tokenizer is None:
         return not_checked(name, f"they name the catalogue's text embeddings as their origin, but {why_not}")
     embeddings = catalog.text_embeddings()
-    again = tokenize(tokenizer, embeddings, table.embeddings_fingerprint, "", catalog.fields)
+    raw = tokenize(tokenizer, embeddings, table.embeddings_fingerprint, "", catalog.fields)
+    again = resolve(collisions, tokenizer, embeddings, raw).table
     if again.codes.shape != table.codes.shape:
         shapes = f"{again.num_levels} codes an item, the table has {table.num_levels}"
         return verdict(name, [f"their tokenizer makes {shapes}"], "")

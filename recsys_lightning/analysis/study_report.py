@@ -1,14 +1,17 @@
 """What a study leaves: its tables in the terminal, and a report with everything needed to judge and repeat it."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from recsys_lightning.analysis.codes_run import CodedRun
 from recsys_lightning.analysis.compare import markdown_table
 from recsys_lightning.analysis.groups import shown_path
 from recsys_lightning.analysis.latency_report import machine
 from recsys_lightning.analysis.study_run import StudiedRun
-from recsys_lightning.models.recommender import Recommender
 from recsys_lightning.training.record import code_fingerprint
+
+Opened = StudiedRun[Any] | CodedRun
+"""What a study is of."""
 
 
 class StudyTable(NamedTuple):
@@ -31,9 +34,7 @@ class Findings(NamedTuple):
     settings: Mapping[str, str]  # of the study
 
 
-def markdown(
-    findings: Findings, stem: str, command: str, runs: Sequence[StudiedRun[Recommender]], seconds: float
-) -> str:
+def markdown(findings: Findings, stem: str, command: str, runs: Sequence[Opened], seconds: float) -> str:
     """The report of a study.
 
     Args:
@@ -68,8 +69,10 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _provenance(run: StudiedRun[Recommender]) -> list[str]:
+def _provenance(run: Opened) -> list[str]:
     results = run.results
+    if not results:  # a bare file tells of nothing else
+        return [run.name, run.checkpoint, *["-"] * 5]
     data, hardware, code = results["data"], results["hardware"], results["code"]
     machine = hardware["gpu"] or f"{hardware['cpu_cores']} CPU cores ({hardware['cpu']})"
     return [

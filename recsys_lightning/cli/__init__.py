@@ -15,10 +15,12 @@ COMMANDS = {
     "validate": ("recsys_lightning.cli.trainer", "measure a trained model on the validation items"),
     "test": ("recsys_lightning.cli.trainer", "measure a trained model on the test items"),
     "predict": ("recsys_lightning.cli.trainer", "write every user's recommendations to predictions.parquet"),
+    "append": ("recsys_lightning.cli.append", "give new items semantic IDs without training; known ones keep theirs"),
     "compare": ("recsys_lightning.cli.compare", "put the results of runs into one table, with a paired test"),
     "ablate": ("recsys_lightning.cli.ablate", "run an ablation grid: variants of one experiment, compared at the end"),
     "audit": ("recsys_lightning.cli.audit", "check that a run has learned nothing from its validation and test items"),
-    "study": ("recsys_lightning.cli.study", "analyse trained COBRA runs: BeamFusion, cosines, learned BeamFusion"),
+    "report": ("recsys_lightning.cli.report", "one HTML file of a run, or of several, to look at and to send"),
+    "study": ("recsys_lightning.cli.study", "analyse trained runs: their codes, their searches, their tokenizers"),
     "benchmark": ("recsys_lightning.cli.benchmark", "measure the latency and the recall of retrieval indexes"),
     "demo": ("recsys_lightning.cli.demo", "everything on a small synthetic catalogue with a known answer"),
 }

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys_lightning.analysis.compare import DEFAULT_METRICS
-from recsys_lightning.training.codebook_health import CodebookReport
+from recsys_lightning.training.codebook_files import EVENTS_FILE
+from recsys_lightning.training.codebook_report import CodebookReport
 
 STAGES = ("train", "val", "test")
 
@@ -78,16 +79,32 @@ def print_codebooks(report: CodebookReport) -> None:
     """Print how the whole catalogue uses the codebooks, one line a level, and below it what is wrong with them."""
     if report.levels:
         table = Table(title=f"codebooks of {report.judged}")
-        for title in ("level", "codes", "dead", "perplexity", "of the codes", "entropy / log codes"):
+        titles = ("level", "codes", "dead", "perplexity", "of the codes", "entropy share", "Gini", "left over")
+        for title in titles:
             table.add_column(title, justify="right")
         for row in report.levels:
-            shares = f"{row.perplexity / row.size:.0%}", f"{row.entropy:.3f}"
+            left = "" if row.residual_norm is None else f"{row.residual_norm:.1%}"
+            shares = f"{row.perplexity / row.size:.0%}", f"{row.entropy:.3f}", f"{row.gini:.3f}", left
             table.add_row(f"{row.level}", f"{row.size}", f"{row.dead_codes}", f"{row.perplexity:.1f}", *shares)
+        table.caption = _whole(report)
         Console().print(table)
     print_codebook_warning(report)
 
 
+def _whole(report: CodebookReport) -> str:
+    """What is no matter of one level, in one line."""
+    values, parts = report.whole, []
+    if "cells" in values:
+        parts.append(f"{values['cells']:.0f} cells, largest {values['largest_cell']:.0f}")
+        parts.append(f"collision rate {values['collision_rate']:.3f}")
+    if "reconstruction_error" in values:
+        parts.append(f"reconstruction error {values['reconstruction_error']:.3f}")
+    if report.num_events:
+        parts.append(f"{report.num_events} events in {EVENTS_FILE}")
+    return ", ".join(parts)
+
+
 def print_codebook_warning(report: CodebookReport) -> None:
-    """Print what is wrong with the codebooks on one line, red on a terminal; nothing if they are well."""
+    """Print what is wrong with the codebooks on a line each, red on a terminal; nothing if they are well."""
     if report.warning is not None:
         Console().print(report.warning, style="bold red", soft_wrap=True, highlight=False, markup=False)

@@ -9,11 +9,10 @@ from recsys_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from recsys_lightning.analysis.study_report import Findings
-    from recsys_lightning.analysis.study_run import StudiedRun
     from recsys_lightning.models.recommender import Recommender
 
 Add = Callable[..., object]  # of an argument parser
-Runs = Sequence["StudiedRun[Any]"]  # of the models that the study is of
+Runs = Sequence[Any]  # `StudiedRun`s of the models that the study is of, or `CodedRun`s
 Report = Callable[[str, int, int], None]
 
 
@@ -22,7 +21,8 @@ class Study(NamedTuple):
 
     Attributes:
         line: what it tells, in a line.
-        kinds: the models whose runs it is of; imported only when asked for.
+        kinds: the models whose runs it is of; imported only when asked for. None takes whatever gives items semantic
+            IDs, tables in files among them.
         add: adds its options to a parser.
         make: from the runs, the parsed options and what is told of progress.
         several: what becomes of several runs; None takes one only.
@@ -30,7 +30,7 @@ class Study(NamedTuple):
     """
 
     line: str
-    kinds: "Callable[[], tuple[type[Recommender], ...]]"
+    kinds: "Callable[[], tuple[type[Recommender], ...]] | None"
     add: Callable[[Add], None]
     make: "Callable[[Runs, argparse.Namespace, Report], Findings]"
     several: str | None = None
@@ -63,14 +63,16 @@ def _add_interests(add: Add) -> None:
 
 
 def _add_codes(add: Add) -> None:
-    from recsys_lightning.analysis.study_sparc_cards import TEXT_FIELDS
-    from recsys_lightning.analysis.study_sparc_codes import CATEGORIES
+    from recsys_lightning.analysis.codes_facts import LEVELS
+    from recsys_lightning.analysis.codes_measures import CATEGORIES
 
     add("--before", metavar="CHECKPOINT", help="set this earlier checkpoint of the one run before it")
     add("--field", help=f"of the catalogue, with paths of categories; {CATEGORIES!r} where there is one")
-    add("--levels", type=count, nargs="+", default=[1, 2], metavar="LEVEL", help="of the categories")
-    add("--text_fields", nargs="+", default=list(TEXT_FIELDS), metavar="FIELD", help="whose words are counted")
-    add("--shown", type=count, default=64, help="codes in the report, the largest; the CSV file has all")
+    add("--levels", type=count, nargs="+", default=list(LEVELS), metavar="LEVEL", help="of the categories")
+    add("--code_levels", type=count, nargs="+", default=[1, 2], metavar="LEVEL", help="of the codes that are described")
+    add("--min_items", type=count, default=2, help="of a code of level 2 and on that is described")
+    add("--text_fields", nargs="+", metavar="FIELD", help="whose words are counted; title, brand and description")
+    add("--shown", type=count, default=32, help="codes of a level in the report, the largest; the CSV file has all")
 
 
 def _add_split(add: Add) -> None:
@@ -140,9 +142,41 @@ def _interests(runs: Runs, given: argparse.Namespace, progress: Report) -> "Find
 
 
 def _codes(runs: Runs, given: argparse.Namespace, progress: Report) -> "Findings":
-    from recsys_lightning.analysis.study_sparc_codes_report import code_study
+    from recsys_lightning.analysis.codes_study import CodeStudy, code_study
 
-    return code_study(runs, given.field, given.levels, given.text_fields, given.shown, progress)
+    asked = CodeStudy(
+        field=given.field,
+        levels=tuple(given.levels),
+        code_levels=tuple(given.code_levels),
+        min_items=given.min_items,
+        text_fields=tuple(given.text_fields) if given.text_fields else None,
+        shown=given.shown,
+        seed=given.seed,
+    )
+    return code_study(runs, asked, progress)
+
+
+def _add_tokenizers(add: Add) -> None:
+    from recsys_lightning.analysis.codes_measures import CATEGORIES
+    from recsys_lightning.analysis.study_tokenizers import Bench
+
+    usual = Bench()
+    add(
+        "--metrics",
+        nargs="+",
+        default=list(usual.metrics),
+        metavar="METRIC",
+        help="of the tests; figures foretell the first",
+    )
+    add("--field", default=CATEGORIES, help="of the catalogue, with paths of categories")
+    add("--level", type=count, default=usual.level, help="of the categories")
+
+
+def _tokenizers(runs: Runs, given: argparse.Namespace, progress: Report) -> "Findings":
+    from recsys_lightning.analysis.study_tokenizers import Bench
+    from recsys_lightning.analysis.study_tokenizers_report import tokenizer_study
+
+    return tokenizer_study(runs, Bench(tuple(given.metrics), given.field, given.level), progress)
 
 
 def _cobra() -> "tuple[type[Recommender], ...]":
@@ -209,11 +243,19 @@ STUDIES = {
         several="of those that differ in their seed alone the mean is taken, others stand side by side",
     ),
     "codes": Study(
-        "what level-1 codes stand for, how far they agree with categories, and how a training changed them",
-        lambda: (*_cobra(), *_sparc()),
+        "what codes stand for, how far they agree with categories and foretell the next item, and how runs differ",
+        None,
         _add_codes,
         _codes,
-        several="further ones are compared with the first",
+        several="further ones are compared with the first; tokenizers' runs and files of semantic IDs can be named too",
+        draws="items",
+    ),
+    "tokenizers": Study(
+        "COBRA: tokenizers side by side, by what their codes look like and by the recall that they lead to",
+        _cobra,
+        _add_tokenizers,
+        _tokenizers,
+        several="one a tokenizer, and of those that differ in their seed alone the mean is taken",
         draws="nothing",
     ),
 }

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,13 +20,14 @@ from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
 
 if TYPE_CHECKING:
-    from recsys_lightning.analysis.study_report import Findings
-    from recsys_lightning.analysis.study_run import StudiedRun
-    from recsys_lightning.models.recommender import Recommender
+    from recsys_lightning.analysis.audit import TrainedRun
+    from recsys_lightning.analysis.study_report import Findings, Opened
+
+T = TypeVar("T")
 
 _HELP = f"""usage: recsys study NAME RUN [RUN ...] --output FILE.md [options]
 
-Analyse trained runs of COBRA and SPARC. A study writes a report, its numbers (.csv) and pictures (.png).
+Analyse trained runs of COBRA, SPARC and tokenizers. A study writes a report, its numbers (.csv) and pictures (.png).
 
 studies:
 {chr(10).join(f"  {name:<16}{study.line}" for name, study in STUDIES.items())}
@@ -100,36 +101,66 @@ def _parsed(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[s
     return given, rest
 
 
-def _opened(name: str, given: argparse.Namespace, settings: Sequence[str]) -> list["StudiedRun[Recommender]"]:
+def _opened(name: str, given: argparse.Namespace, settings: Sequence[str]) -> "list[Opened]":
     """The runs, ready to be studied."""
     import torch
-
-    from recsys_lightning.analysis.study_run import open_studied
-    from recsys_lightning.cli.audit import open_run, run_folder
-    from recsys_lightning.cli.messages import while_running
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU; leave --device out, or say cpu")
-    kinds = STUDIES[name].kinds()
-    wanted = [(run_folder(run), given.ckpt_path) for run in given.runs]
-    if name == "codes" and given.before:
-        if len(wanted) > 1:
-            raise InputError("--before sets a checkpoint of one run before it: name one run, or leave --before out")
-        wanted.insert(0, (wanted[0][0], given.before))
-    opened = []
-    for folder, checkpoint in wanted:
-        options = [*settings, "--ckpt_path", checkpoint]
-        try:
-            opened.append(open_studied(open_run(folder, options), kinds, device))
-        except Exception as error:
-            line = while_running(error)
-            if line is None:
-                raise
-            raise InputError(line if str(folder) in line else f"{folder}: {line}") from error
-    if len({run.name for run in opened}) < len(opened):  # checkpoints of one run
-        opened = [dataclasses.replace(run, name=f"{run.name} ({run.checkpoint})") for run in opened]
-    return opened
+    kinds = STUDIES[name].kinds
+    if kinds is None:
+        return _coded(given, settings, device)
+    from recsys_lightning.analysis.study_run import open_studied
+
+    wanted = kinds()
+    return [_open(run, given.ckpt_path, settings, lambda of: open_studied(of, wanted, device)) for run in given.runs]
+
+
+def _coded(given: argparse.Namespace, settings: Sequence[str], device: str) -> "list[Opened]":
+    """What was named to study the codes of: runs of recommenders and tokenizers, and files of semantic IDs."""
+    from recsys_lightning.analysis.codes_run import CodedRun, coded_file, open_coded
+
+    def opened(run: str | Path, checkpoint: str) -> CodedRun:
+        return _open(run, checkpoint, settings, lambda of: open_coded(of, device))
+
+    if given.before and len(given.runs) > 1:
+        raise InputError("--before sets a checkpoint of one run before it: name one run, or leave --before out")
+    files = [Path(run) for run in given.runs if Path(run).is_file()]
+    if given.before and files:
+        raise InputError(f"--before sets a checkpoint of a run before it, and {files[0]} is a file of semantic IDs")
+    runs: dict[str, CodedRun] = {run: opened(run, given.ckpt_path) for run in given.runs if Path(run) not in files}
+    lender = next(iter(runs.values()), None)
+    found: list[CodedRun] = [opened(given.runs[0], given.before)] if given.before else []
+    for run in given.runs:
+        if run in runs:
+            found.append(runs[run])
+            continue
+        own = Path(run).parent
+        if (own / "config.yaml").is_file():
+            found.append(coded_file(Path(run), opened(own, "best")))
+        elif lender is not None:
+            found.append(coded_file(Path(run), lender))
+        else:
+            raise InputError(f"{run} lies in no run folder: name a run on the same data beside it, for its items")
+    if len({run.name for run in found}) < len(found):  # checkpoints of one run
+        found = [dataclasses.replace(run, name=f"{run.name} ({run.checkpoint})") for run in found]
+    return [*found]
+
+
+def _open(run: str | Path, checkpoint: str, settings: Sequence[str], of: Callable[["TrainedRun"], T]) -> T:
+    """What `of` makes of a run folder, with the folder's name before whatever is wrong with it."""
+    from recsys_lightning.cli.audit import open_run, run_folder
+    from recsys_lightning.cli.messages import while_running
+
+    folder = run_folder(str(run))
+    try:
+        return of(open_run(folder, [*settings, "--ckpt_path", checkpoint]))
+    except Exception as error:
+        line = while_running(error)
+        if line is None:
+            raise
+        raise InputError(line if str(folder) in line else f"{folder}: {line}") from error
 
 
 @contextmanager
@@ -157,9 +188,7 @@ def _show(findings: "Findings") -> None:
         console.print(remark, markup=False, highlight=False)
 
 
-def _write(
-    findings: "Findings", output: Path, command: str, runs: Sequence["StudiedRun[Recommender]"], seconds: float
-) -> None:
+def _write(findings: "Findings", output: Path, command: str, runs: "Sequence[Opened]", seconds: float) -> None:
     from recsys_lightning.analysis.study_report import markdown
 
     report = markdown(findings, output.stem, command, runs, seconds)

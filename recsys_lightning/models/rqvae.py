@@ -4,7 +4,7 @@ TIGER (arXiv:2305.05065) section 3.1; COBRA (arXiv:2503.02453) section 3.1.1.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import polars as pl
 import torch
@@ -15,6 +15,8 @@ from recsys_lightning.errors import InputError
 from recsys_lightning.nn.mlp import MLP
 from recsys_lightning.nn.quantize import ResidualQuantizer, residual_decode
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
+
+RQVAEEstimator = Literal["straight_through", "rotation", "gumbel"]
 
 # Rows the encoder takes at once in `fit`: bounds memory on catalogues of millions.
 _FIT_BATCH = 8192
@@ -48,6 +50,12 @@ class RQVAE(ItemTokenizer):
         normalize: Scale each embedding to length 1 first; the scaled one is then also what is rebuilt.
         reconstruction_weight: Weight of the reconstruction term.
         seed: Seed of the k-means that sets the first codebooks.
+        estimator: How the reconstruction's gradient passes the quantizer to the encoder: as it is, turned by the
+            rotation trick, or through the weights of a random mixture of codewords (`ResidualQuantizer`). With
+            ``codebook_update="gradient"`` the last two also pass it to the codebooks.
+        temperature: Of the mixture of ``estimator="gumbel"``.
+        sinkhorn: Epsilon of a Sinkhorn-balanced assignment of the last level in training; LETTER: 0.003. None: nearest.
+        sinkhorn_iterations: Scalings of that assignment.
 
     Raises:
         InputError: An argument is out of its range.
@@ -68,8 +76,18 @@ class RQVAE(ItemTokenizer):
         normalize: bool = False,
         reconstruction_weight: float = 1.0,
         seed: int = 0,
+        estimator: RQVAEEstimator = "straight_through",
+        temperature: float = 0.2,
+        sinkhorn: float | None = None,
+        sinkhorn_iterations: int = 100,
     ) -> None:
         super().__init__()
+        if estimator not in get_args(RQVAEEstimator):
+            raise InputError(
+                f"estimator of an RQVAE must be one of {', '.join(get_args(RQVAEEstimator))}, got {estimator!r}: the "
+                "encoder learns by the reconstruction's gradient, and the codebooks by the quantization term or by "
+                "moving averages, while 'gather' ways send it to the codebooks"
+            )
         if reconstruction_weight <= 0:
             raise InputError(f"reconstruction_weight must be above 0, got {reconstruction_weight}")
         self.embedding_dim = embedding_dim
@@ -80,7 +98,17 @@ class RQVAE(ItemTokenizer):
         self.seed = seed
         self.encoder = MLP([embedding_dim, *hidden, latent_dim], dropout)
         self.quantizer = ResidualQuantizer(
-            latent_dim, num_levels, num_codes, commitment, codebook_update, ema_decay, dead_code_threshold
+            latent_dim,
+            num_levels,
+            num_codes,
+            commitment,
+            codebook_update,
+            ema_decay,
+            dead_code_threshold,
+            estimator,
+            temperature=temperature,
+            sinkhorn=sinkhorn,
+            sinkhorn_iterations=sinkhorn_iterations,
         )
         self.decoder = MLP([latent_dim, *reversed(hidden), embedding_dim], dropout)
 
@@ -128,8 +156,14 @@ class RQVAE(ItemTokenizer):
         return F.normalize(rows, dim=-1) if self.normalize else rows
 
     @torch.no_grad()
+    def latents(self, embeddings: Tensor) -> Tensor:
+        """What the encoder makes of embeddings (B, D), (B, latent)."""
+        latents: Tensor = self.encoder(self.target(embeddings))
+        return latents
+
+    @torch.no_grad()
     def last_distances(self, embeddings: Tensor, codes: Tensor) -> Tensor:
         """Squared distances (B, K), in the latent space, of what the levels before the last leave to its codewords."""
         books = self.quantizer.codebooks
         before = residual_decode(codes[:, :-1].to(self.device), books[:-1])  # (B, latent)
-        return torch.cdist(self.encoder(self.target(embeddings)) - before, books[-1]).square()
+        return torch.cdist(self.latents(embeddings) - before, books[-1]).square()

@@ -1,7 +1,7 @@
 """Gradient estimators of quantization: what a choice that has no derivative passes back, and to whom.
 
 SPARC (arXiv:2508.09090) says that the recommendation losses update the codebooks and names no estimator: choice S2.
-Shapes: B rows, D width.
+Shapes: B rows, D width, K codes.
 """
 
 from typing import Literal, assert_never
@@ -46,6 +46,28 @@ def estimate(x: Tensor, quantized: Tensor, estimator: Estimator) -> Tensor:
         turned = _rotated(x, quantized.detach())  # (B, D)
         return quantized + (turned - turned.detach())  # (B, D)
     assert_never(estimator)
+
+
+def gumbel_words(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    """Random soft codewords: rows (B, D) and codebook (K, D), each with a gradient, -> (B, D).
+
+    The Gumbel-softmax (Jang et al., arXiv:1611.01144, equation 2, its own temperature 1) over negative distances, here
+    in units of s, the batch's mean squared distance to the nearest codeword::
+
+        w_k = softmax_k(-|row - e_k|^2 / (temperature * s) + g_k),   g_k standard Gumbel noise,   word = sum_k w_k e_k
+
+    The largest weight is that of a code drawn by softmax(-distance / (temperature * s)). The lower the temperature, the
+    surer it is the nearest, and the nearer a word is to it. s is held. Public RQ-VAEs have no s: noise of size 1 then
+    drowns the distances of an encoder's first outputs, which differ by far less than 1, and all latents become one.
+    """
+    distances = squared_distances(rows, codebook)  # (B, K)
+    scale = distances.detach().amin(-1).mean().clamp(min=torch.finfo(rows.dtype).tiny)  # ()
+    return F.gumbel_softmax(-distances / (temperature * scale)) @ codebook
+
+
+def squared_distances(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Squared Euclidean distances (B, K) of rows (B, D) to the codewords (K, D), with a gradient to both."""
+    return torch.cdist(rows, codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def _rotated(x: Tensor, target: Tensor) -> Tensor:

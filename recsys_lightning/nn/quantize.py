@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.codebook import kmeans_codebook, nearest_code
-from recsys_lightning.nn.estimators import Estimator, estimate
+from recsys_lightning.nn.estimators import Estimator, estimate, gumbel_words, squared_distances
+from recsys_lightning.nn.sinkhorn import balanced_codes, check_sinkhorn
 
 # A code whose EMA usage is below this has no mean worth dividing for: its codeword stays where it is.
 _SMALLEST_USAGE = 1e-12
@@ -71,7 +72,14 @@ class ResidualQuantizer(nn.Module):
         loss = mean over rows of |x - sum_m e_m|^2 + commitment * sum_m |sg(r_m) - e_m|^2
 
     `estimator` says who gets the gradient of what is computed with `vectors` (`recsys_lightning.nn.estimators`);
-    what is computed with `words` moves the codebooks, in gradient mode, and never the input.
+    what is computed with `words` moves the codebooks, in gradient mode, and never the input. ``"gumbel"`` is a way of
+    its own: in training e_m is a random mixture of codewords (`recsys_lightning.nn.estimators.gumbel_words`), through
+    whose weights all gradients reach the input, those of `words` too; `codes` are still the nearest. In evaluation it
+    is the nearest codeword, as ever.
+
+    With `sinkhorn` the codes of the last level are in training those of a Sinkhorn-balanced assignment of the batch
+    (`recsys_lightning.nn.sinkhorn`), as LETTER (arXiv:2405.07314) and MiniOneRec have it: the level that is to tell the
+    items of a prefix apart shall use all its codes. In evaluation, and in `encode`, they are the nearest.
 
     Codebooks learn in one of two ways:
 
@@ -87,7 +95,7 @@ class ResidualQuantizer(nn.Module):
     * ``"gradient"``: the first loss term, by the optimizer.
 
     When `torch.distributed` is initialised the batch is the union of all ranks' batches and fresh codewords come from
-    rank 0, so that codebooks stay equal on all ranks.
+    rank 0, so that codebooks stay equal on all ranks. A Sinkhorn assignment balances the batch of each rank by itself.
 
     Args:
         dim: Width D of the vectors.
@@ -101,8 +109,13 @@ class ResidualQuantizer(nn.Module):
             keeps averages of gradients is not told: a code that is not chosen gets no gradient, so that of Adam's
             moments the first has faded by then, and the second only sizes the new codeword's first steps.
         estimator: Who gets the gradient of `vectors` (choice S2); by moving averages only those that leave the
-            codebooks alone or move the input in a way of their own: ``"straight_through"`` and ``"rotation"``.
+            codebooks alone or move the input in a way of their own: ``"straight_through"``, ``"rotation"`` and
+            ``"gumbel"``.
         loss_form: Which loss (choice S3); ``"paper"`` only with ``codebook_update="gradient"``.
+        temperature: Of the Gumbel-softmax; the closer to zero, the closer a mixture is to the nearest codeword.
+        sinkhorn: Epsilon of the last level's assignment in training, relative to distances centred in -1..1: LETTER's
+            is 0.003. None takes the nearest code. It may be set anew at any time.
+        sinkhorn_iterations: Scalings of that assignment.
 
     Raises:
         InputError: An argument is out of its range, or does not go with another.
@@ -122,8 +135,11 @@ class ResidualQuantizer(nn.Module):
         codebook_update: Literal["ema", "gradient"] = "ema",
         ema_decay: float = 0.99,
         dead_code_threshold: float = 0.2,
-        estimator: Estimator = "straight_through",
+        estimator: Estimator | Literal["gumbel"] = "straight_through",
         loss_form: Literal["vq", "paper"] = "vq",
+        temperature: float = 0.2,
+        sinkhorn: float | None = None,
+        sinkhorn_iterations: int = 100,
     ) -> None:
         super().__init__()
         if dim < 1 or num_levels < 1 or num_codes < 2:
@@ -139,8 +155,9 @@ class ResidualQuantizer(nn.Module):
             raise InputError(f"commitment must be 0 or more, got {commitment}")
         if not 0 <= dead_code_threshold < 1:
             raise InputError(f"dead_code_threshold is a part of the fair share, in [0, 1), got {dead_code_threshold}")
-        if estimator not in get_args(Estimator):
-            raise InputError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+        estimators = (*get_args(Estimator), "gumbel")
+        if estimator not in estimators:
+            raise InputError(f"estimator must be one of {', '.join(estimators)}, got {estimator!r}")
         if loss_form not in ("vq", "paper"):
             raise InputError(f"loss_form must be 'vq' or 'paper', got {loss_form!r}")
         if codebook_update == "ema" and (estimator.startswith("gather") or loss_form == "paper"):
@@ -148,6 +165,12 @@ class ResidualQuantizer(nn.Module):
                 f"{estimator=} with {loss_form=} sends gradients to the codebooks, and codebook_update='ema' learns "
                 "them by moving averages; set codebook_update to 'gradient'"
             )
+        if not 0 < temperature < float("inf"):
+            raise InputError(f"temperature must be above 0 and finite, got {temperature}")
+        if sinkhorn is not None:
+            check_sinkhorn(sinkhorn, sinkhorn_iterations)
+            if estimator == "gumbel":
+                raise InputError("estimator='gumbel' mixes codewords by its own draw; leave sinkhorn at None with it")
         self.dim = dim
         self.num_levels = num_levels
         self.num_codes = num_codes
@@ -155,8 +178,11 @@ class ResidualQuantizer(nn.Module):
         self.codebook_update = codebook_update
         self.ema_decay = ema_decay
         self.dead_code_threshold = dead_code_threshold
-        self.estimator: Estimator = estimator
+        self.estimator: Estimator | Literal["gumbel"] = estimator
         self.loss_form = loss_form
+        self.temperature = temperature
+        self.sinkhorn = sinkhorn
+        self.sinkhorn_iterations = sinkhorn_iterations
         codebooks = torch.randn(num_levels, num_codes, dim) / dim**0.5  # (L, K, D)
         if codebook_update == "gradient":
             self.codebooks = nn.Parameter(codebooks)
@@ -171,16 +197,26 @@ class ResidualQuantizer(nn.Module):
         x = x.to(self.codebooks.dtype)  # distances of half-precision rows would choose other codes than `encode`
         residual = x
         residuals, codes, words = [], [], []
-        for codebook in self.codebooks:  # (K, D)
-            codes.append(nearest_code(residual, codebook))  # (B,)
-            words.append(codebook[codes[-1]])  # (B, D)
+        mixed = self.training and self.estimator == "gumbel"
+        # A mixture's gradient reads the codebooks, which the statistics will have written to by then.
+        codebooks = self.codebooks.clone() if mixed else self.codebooks  # (L, K, D)
+        for level, codebook in enumerate(codebooks):  # (K, D)
+            codes.append(self._choose(residual.detach(), codebook.detach(), level))  # (B,)
+            words.append(gumbel_words(residual, codebook, self.temperature) if mixed else codebook[codes[-1]])  # (B, D)
             residuals.append(residual)
             residual = residual - words[-1].detach()  # (B, D)
         if self.training:
             self._update_statistics(torch.stack(residuals).detach(), torch.stack(codes))
         total = sum(words, torch.zeros_like(x))  # (B, D)
         loss = self._loss(x, residuals, words, total)
-        return Quantized(estimate(x, total, self.estimator), torch.stack(codes, -1), loss, torch.stack(words, 1))
+        vectors = total if self.estimator == "gumbel" else estimate(x, total, self.estimator)  # (B, D)
+        return Quantized(vectors, torch.stack(codes, -1), loss, torch.stack(words, 1))
+
+    def _choose(self, residual: Tensor, codebook: Tensor, level: int) -> Tensor:
+        """Codes (B,) of what is left in front of a level (B, D), given its codebook (K, D)."""
+        if self.training and self.sinkhorn is not None and level == self.num_levels - 1:
+            return balanced_codes(squared_distances(residual, codebook), self.sinkhorn, self.sinkhorn_iterations)
+        return nearest_code(residual, codebook)
 
     def _loss(self, x: Tensor, residuals: list[Tensor], words: list[Tensor], total: Tensor) -> Tensor:
         """The loss () of x (B, D), with the residual in front of each level and its codeword, each (B, D)."""

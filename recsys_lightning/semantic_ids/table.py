@@ -1,6 +1,8 @@
 """The table of semantic IDs: which tuple of codes each item has, and from which embeddings it came."""
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -40,15 +42,19 @@ class SemanticIds:
         num_codes: Codes K a level.
         embeddings_fingerprint: Fingerprint of the item embeddings the codes were made from.
         tokenizer: Free description of what made them.
+        item_ids: Raw ids of items 1..I, in their order; None where they are not known. By these the items of a table
+            are found again in a catalogue that has grown.
 
     Raises:
-        InputError: Codes of another shape or type, out of range, or a padding row that is not zero.
+        InputError: Codes of another shape or type, out of range, a padding row that is not zero, or another number of
+            raw ids.
     """
 
     codes: Tensor  # (I+1, L)
     num_codes: int
     embeddings_fingerprint: str
     tokenizer: str
+    item_ids: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a table that breaks its promises."""
@@ -60,6 +66,8 @@ class SemanticIds:
             )
         if bool(codes[0].any()):
             raise InputError(f"row 0 of the semantic IDs is padding and must be zero, got {codes[0].tolist()}")
+        if self.item_ids is not None and len(self.item_ids) != self.num_items:
+            raise InputError(f"{self.num_items} items have semantic IDs, but {len(self.item_ids)} raw ids are given")
         outside = ((codes < 0) | (codes >= self.num_codes)).nonzero()  # (N, 2)
         if len(outside):
             item, level = outside[0].tolist()
@@ -77,6 +85,12 @@ class SemanticIds:
     def num_levels(self) -> int:
         """Levels L."""
         return self.codes.shape[1]
+
+    def of_items(self, items: Tensor) -> Self:
+        """The table of some items (N,) alone, by their ids 1..I, in the order given."""
+        rows = torch.cat([items.new_zeros(1), items])  # (N+1,) the padding row first
+        ids = None if self.item_ids is None else tuple(self.item_ids[item - 1] for item in items.tolist())
+        return replace(self, codes=self.codes[rows], item_ids=ids)
 
     def disambiguated(self) -> Self:
         """The same table with one level more, which counts the items of a cell by id: each item has its own tuple.
@@ -121,9 +135,12 @@ class SemanticIds:
             "tokenizer": self.tokenizer,
             "codes_sha256": _sha256(codes),
         }
+        tensors = {"codes": codes}
+        if self.item_ids is not None:  # a tensor: the header, where metadata stand, has a limit of 100 MB
+            tensors["item_ids"] = torch.frombuffer(bytearray(json.dumps(self.item_ids).encode()), dtype=torch.uint8)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(to_safetensors({"codes": codes}, metadata))
+            file.write(to_safetensors(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path, embeddings_fingerprint: str | None = None, num_items: int | None = None) -> Self:
@@ -160,14 +177,22 @@ class SemanticIds:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 codes = file.get_tensor("codes")
+                written = file.get_tensor("item_ids") if "item_ids" in file.keys() else None  # noqa: SIM118
             digest, num_codes = metadata["codes_sha256"], int(metadata["num_codes"])
             fingerprint, tokenizer = metadata["embeddings_fingerprint"], metadata["tokenizer"]
+            item_ids: Sequence[str] | None = None if written is None else json.loads(written.numpy().tobytes())
         # OSError: safetensors maps the file into memory, which fails on an empty one.
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise _damaged(path, str(error)) from error
         if _sha256(codes) != digest:
             raise _damaged(path, "its codes do not match their SHA-256")
-        return cls(codes=codes, num_codes=num_codes, embeddings_fingerprint=fingerprint, tokenizer=tokenizer)
+        return cls(
+            codes=codes,
+            num_codes=num_codes,
+            embeddings_fingerprint=fingerprint,
+            tokenizer=tokenizer,
+            item_ids=None if item_ids is None else tuple(item_ids),
+        )
 
 
 def _sha256(codes: Tensor) -> str:

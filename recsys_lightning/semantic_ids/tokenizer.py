@@ -1,6 +1,7 @@
 """The contract of item tokenizers: item embeddings in, semantic IDs out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Self
 
 import polars as pl
@@ -55,6 +56,10 @@ class ItemTokenizer(nn.Module, ABC):
     def target(self, embeddings: Tensor) -> Tensor:
         """What `decode` is an estimate of, (B, D): the embeddings (B, D), scaled where the tokenizer scales them."""
         return embeddings
+
+    def latents(self, embeddings: Tensor) -> Tensor:
+        """What codewords are sought for, (B, width of a codeword): `target`, unless an encoder stands before them."""
+        return self.target(embeddings)
 
     @torch.no_grad()
     def reconstruct(self, embeddings: Tensor) -> Tensor:
@@ -146,4 +151,18 @@ def tokenize(
         num_codes=tokenizer.num_codes,
         embeddings_fingerprint=fingerprint,
         tokenizer=description,
+        item_ids=None if fields is None else tuple(fields.get_column("item_id").to_list()),
     )
+
+
+@torch.no_grad()
+def rebuilt(tokenizer: ItemTokenizer, embeddings: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What codes stand for and what a tokenizer makes of them, bit by bit: targets and estimates, both (n, D).
+
+    Args:
+        tokenizer: In evaluation mode.
+        embeddings: (I, D), without a padding row.
+        codes: (I, L) of the same items.
+    """
+    for rows, own in zip(torch.split(embeddings, _ROWS), torch.split(codes, _ROWS), strict=True):
+        yield tokenizer.target(rows.to(tokenizer.device)), tokenizer.decode(own.to(tokenizer.device))

@@ -1,118 +1,126 @@
-"""Codebook health: how evenly a model's codebooks are used, and how hard each loss term pulls at them."""
+"""Codebook health: how evenly a model's codebooks are used, how hard each loss term pulls at them, and what helps."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.errors import InputError
-from recsys_lightning.nn.quantize import ResidualQuantizer
-from recsys_lightning.semantic_ids.health import usage_metrics
-from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
+from recsys_lightning.semantic_ids.health import CodebookState
 from recsys_lightning.training.checkpoints import Learner, trained_model
+from recsys_lightning.training.codebook_collapse import Check, CollapseResponse, OnCollapse, Repair, find_collapses
+from recsys_lightning.training.codebook_files import CodebookFiles, num_events, show_usage
+from recsys_lightning.training.codebook_report import CodebookReport, codebook_levels, whole_figures
+from recsys_lightning.training.codebook_state import codebook_state_now, gradient_norms, has_codebooks, quantizer_of
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.tokenizer import TokenizerModule
 
-# Half of the codes, used evenly, have a perplexity of half the size: rounding must not lift it above that.
-_ROUNDING = 1e-6
-
-
-class CodebookLevel(NamedTuple):
-    """How the whole catalogue uses the codebook of one level."""
-
-    level: int  # from 1, the coarsest
-    perplexity: float  # the number of evenly used codes of the same entropy
-    size: int  # codes K
-    entropy: float  # share of log K, as `entropy@l` in the logs
-    dead_codes: int  # codes that no item has
-
-
-@dataclass(frozen=True)
-class CodebookReport:
-    """The codebooks of a model at the end of a command.
-
-    Attributes:
-        judged: the weights it tells of, in words.
-        levels: the coarsest first; none where the codebooks are not initialised yet, as in a warm-up.
-        min_perplexity_share: of the size of level 1; a perplexity at or below it is a collapse. 0: nothing is.
-    """
-
-    judged: str
-    levels: tuple[CodebookLevel, ...]
-    min_perplexity_share: float
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether too few codes of level 1 carry the catalogue."""
-        return any(
-            level.perplexity <= self.min_perplexity_share * level.size * (1 + _ROUNDING) for level in self.levels[:1]
-        )
-
-    @property
-    def warning(self) -> str | None:
-        """What is wrong with the codebooks, in one line; None if they are well."""
-        if not self.levels:
-            return f"WARNING: {self.judged} is of the warm-up: its codebooks are not initialised yet"
-        if not self.collapsed:
-            return None
-        first = self.levels[0]
-        return (
-            f"WARNING: the level-1 codebook of {self.judged} has collapsed: perplexity {first.perplexity:.1f} of "
-            f"{first.size} codes, at or below {self.min_perplexity_share:g} of its size"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """Its entries in ``results.json``."""
-        return {"codebooks": [level._asdict() for level in self.levels], "collapsed": self.collapsed}
+_log = logging.getLogger(__name__)
 
 
 class CodebookHealth(L.Callback):
-    """Watches the codebooks of a model that has its own; other models it leaves alone.
+    """Watches the codebooks of a model that has its own, and acts on a collapse; other models it leaves alone.
 
-    In training, once the codebooks are initialised:
+    In training, once the codebooks are initialised, the model's quantizer is checked at the end of epochs, validated or
+    not, on the whole catalogue and not on batches. Logged are:
 
-    * at the end of every epoch, validated or not, the codes of the whole catalogue: ``codebook/perplexity@l``,
-      ``codebook/entropy@l`` (share of log K), ``codebook/dead_codes@l``, ``codebook/cells``,
-      ``codebook/collision_rate``, ``codebook/largest_cell``. A `TokenizerModule` logs the same of itself as
-      ``val/...``, after each validation;
+    * for each level l from 1 ``codebook/perplexity@l``, ``codebook/entropy@l`` (share of log K),
+      ``codebook/dead_codes@l``, ``codebook/gini@l``, and ``codebook/residual_norm@l``: the mean of
+      ``|r_(l+1)| / |r_1|``, what is left of the vectors after level l;
+    * ``codebook/reconstruction_error``, the share of the variance that codes lose: of the embeddings of a tokenizer, of
+      the item vectors of a recommender; ``codebook/cells``, ``codebook/collision_rate``, ``codebook/largest_cell``;
+      ``codebook/churn``, the share of items whose ID is another than at the check before. A `TokenizerModule` logs its
+      usage once more as ``val/...``, of the items that are not held out of training;
     * ``gradient/<term>@l = |d term / d codebook of level l|``, with the term weighted as in the objective and its
       gradient neither scaled by mixed precision, nor divided by `accumulate_grad_batches`, nor averaged over
       processes: on several, each measures its own batch and the mean of the norms is logged. The mean of an epoch's
       measured batches is logged. Codebooks that learn by moving averages have no gradient.
 
+    TensorBoard and W&B get histograms and tables of the usage too. ``codebook-usage.parquet`` and
+    ``codebook-events.jsonl`` in the run folder are described at `CodebookFiles`.
+
+    A level has collapsed where its perplexity is at or below `min_perplexity_share` of its size, or more than
+    `max_dead_share` of its codes are dead. A check that finds one acts by `on_collapse`. It is said once a level and
+    finding, and again only after a check in between did not find it. Repairs at five checks in a row are the most.
+
     At the end of a fit `report` tells of the whole catalogue's codes by the checkpoint that is kept as best, and by the
     last state where there is no such file; after `validate` and `test`, by the weights that were measured.
-    ``results.json`` has it as ``codebooks`` and ``collapsed``. Training is the same with and without this callback.
+    ``results.json`` has it as ``codebooks``, ``codebooks_whole``, ``collapsed`` (of level 1) and ``codebook_events``.
+    With ``on_collapse="warn"`` training is the same with and without this callback.
 
     Args:
         gradient_every_n_steps: gradients are measured in every n-th batch of an epoch, from its first on; 0 turns them
             off. A measurement of SPARC takes about as long as its backward pass.
-        min_perplexity_share: level 1 counts as collapsed where its perplexity is at or below this share of its size;
-            0 turns the warning off.
+        min_perplexity_share: see above; 0 turns it off. At the end only level 1 is judged by it.
+        max_dead_share: see above; 1 turns it off.
+        every_n_epochs: a check is at the end of every n-th epoch. None: every epoch of a recommender, and of a
+            tokenizer, whose epochs are short, every ``trainer.check_val_every_n_epoch``.
+        on_collapse: ``warn``: say so; ``stop``: end the training after this epoch; ``repair``: do what `repair` says.
+        repair: ``reset_dead``: codewords that hardly any item has, of the coarsest level that has collapsed and of
+            those after it, are set to what the codes leave of the items that they serve worst; ``reseed``: that level
+            and those after it are learned anew by k-means on the catalogue; ``raise_sinkhorn``: the epsilon of the
+            last level's Sinkhorn assignment is doubled, and without one it begins at 0.003, which helps that level
+            alone, in the epochs that follow. Only items that are trained on lend themselves to repairs.
 
     Raises:
         InputError: An argument is out of its range.
     """
 
-    def __init__(self, gradient_every_n_steps: int = 50, min_perplexity_share: float = 0.5) -> None:
+    def __init__(
+        self,
+        gradient_every_n_steps: int = 50,
+        min_perplexity_share: float = 0.5,
+        max_dead_share: float = 0.25,
+        every_n_epochs: int | None = None,
+        on_collapse: OnCollapse = "warn",
+        repair: Repair = "reset_dead",
+    ) -> None:
         if gradient_every_n_steps < 0:
             raise InputError(f"codebook_health.gradient_every_n_steps={gradient_every_n_steps} must be 0 (off) or more")
-        if not 0 <= min_perplexity_share <= 1:
-            raise InputError(f"codebook_health.min_perplexity_share={min_perplexity_share} must lie in [0, 1]")
+        for name, share in (("min_perplexity_share", min_perplexity_share), ("max_dead_share", max_dead_share)):
+            if not 0 <= share <= 1:
+                raise InputError(f"codebook_health.{name}={share} must lie in [0, 1]")
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise InputError(f"codebook_health.every_n_epochs={every_n_epochs} must be 1 or more, or null")
         self.gradient_every_n_steps = gradient_every_n_steps
-        self.min_perplexity_share = min_perplexity_share
+        self.min_perplexity_share, self.max_dead_share = min_perplexity_share, max_dead_share
+        self.every_n_epochs = every_n_epochs
         self.report: CodebookReport | None = None  # None also where a model has no codebooks
+        self._response = CollapseResponse(on_collapse, repair)
+        self._codes: Tensor | None = None  # (I, L) of the last check
+        self._files: CodebookFiles | None = None  # on the first process, of a training that leaves any
         self._measures = False  # gradients, in the batch under way
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, said and done so far, for a training that goes on."""
+        codes = None if self._codes is None else self._codes.to(torch.int32)
+        return {"codes": codes, "response": self._response.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        codes = state_dict["codes"]
+        self._codes = None if codes is None else codes.to(torch.int64)
+        self._response.load(state_dict["response"])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a model that cannot be repaired as is asked for."""
+        if isinstance(pl_module, RecommenderModule | TokenizerModule):
+            quantizer = quantizer_of(pl_module.built)
+            if quantizer is not None:
+                self._response.prepare(quantizer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the files, now that it is known which step the training goes on from."""
+        watched = isinstance(pl_module, RecommenderModule | TokenizerModule) and quantizer_of(pl_module.built)
+        if watched and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            resumed_at = None if trainer.ckpt_path is None else trainer.global_step
+            self._files = CodebookFiles(Path(trainer.default_root_dir), resumed_at)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -133,14 +141,28 @@ class CodebookHealth(L.Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log how the whole catalogue uses the codebooks."""
-        if not isinstance(pl_module, RecommenderModule):
+        """Check the codebooks, and act on what is found."""
+        if not isinstance(pl_module, RecommenderModule | TokenizerModule) or not self._is_due(trainer, pl_module):
             return
-        table = item_codes_now(pl_module.built, _catalog(trainer))
-        if table is not None:
-            # Each process has counted all items; `sync_dist` says so to Lightning and changes nothing.
-            values = {f"codebook/{name}": value for name, value in usage_metrics(table).items()}
-            pl_module.log_dict(values, sync_dist=True)
+        quantizer = quantizer_of(pl_module.built)
+        if quantizer is None or not quantizer.initialised:
+            return
+        state = codebook_state_now(pl_module.built, _catalog(trainer), self._codes)
+        if state is None:
+            return
+        self._codes = state.table.codes[1:]  # (I, L)
+        # Each process has counted all items; `sync_dist` says so to Lightning and changes nothing.
+        pl_module.log_dict({f"codebook/{name}": value for name, value in state.metrics().items()}, sync_dist=True)
+        self._show(trainer, state)
+        found = find_collapses(codebook_levels(state), self.min_perplexity_share, self.max_dead_share)
+        # A tie that processes break differently must not let them act differently.
+        found = trainer.strategy.broadcast(found)
+        events = self._response.respond(Check(trainer, pl_module.built, quantizer, state, found))
+        if trainer.is_global_zero:
+            for event in events:
+                _log.warning("epoch %d: %s", event.epoch, event.message)
+        if self._files is not None:
+            self._files.add_events(events)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the best checkpoint; it is built anew, so that the module keeps its last state."""
@@ -162,87 +184,36 @@ class CodebookHealth(L.Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self.on_test_end(trainer, pl_module)
 
+    def _is_due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        every = self.every_n_epochs
+        if every is None:
+            every = trainer.check_val_every_n_epoch if isinstance(module, TokenizerModule) else 1
+        return (trainer.current_epoch + 1) % (every or 1) == 0
+
+    def _show(self, trainer: L.Trainer, state: CodebookState) -> None:
+        if trainer.is_global_zero:
+            show_usage(trainer.loggers, state, trainer.global_step)
+        if self._files is not None:
+            self._files.add_usage(trainer.current_epoch, trainer.global_step, state.usage.counts)
+
     def _judge(self, trainer: L.Trainer, model: Learner, judged: str) -> None:
-        if has_codebooks(model):
-            levels = codebook_levels(item_codes_now(model, _catalog(trainer)))
-            self.report = CodebookReport(judged, levels, self.min_perplexity_share)
+        if not has_codebooks(model):
+            return
+        state = codebook_state_now(model, _catalog(trainer))
+        self.report = CodebookReport(
+            judged,
+            codebook_levels(state),
+            self.min_perplexity_share,
+            whole_figures(state),
+            num_events(Path(trainer.default_root_dir)),
+            self._response.stopped,
+        )
 
 
 def codebook_report(trainer: L.Trainer) -> CodebookReport | None:
     """What the Trainer's `CodebookHealth` has to say after a command; None without one, or without codebooks."""
     found = (callback.report for callback in trainer.callbacks if isinstance(callback, CodebookHealth))  # type: ignore[attr-defined]
     return next(found, None)
-
-
-def has_codebooks(model: Learner) -> bool:
-    """Whether a model makes its codes itself: a tokenizer, or a recommender with a quantizer of its own."""
-    return isinstance(model, ItemTokenizer) or quantizer_of(model) is not None
-
-
-def quantizer_of(model: Learner) -> ResidualQuantizer | None:
-    """The residual quantizer in a model; a tokenizer that is learned in closed form has none."""
-    quantizer = getattr(model, "quantizer", None)
-    return quantizer if isinstance(quantizer, ResidualQuantizer) else None
-
-
-def item_codes_now(model: Learner, catalog: Catalog) -> SemanticIds | None:
-    """The codes of the whole catalogue as a model stands; None while its codebooks are not initialised.
-
-    The modes of the model's parts are as before afterwards. The table of a recommender names no embeddings.
-    """
-    name = type(model).__name__
-    if isinstance(model, ItemTokenizer):
-        if not model.fitted:
-            return None
-        return tokenize(model, catalog.text_embeddings(), catalog.text_fingerprint, name, catalog.fields)
-    quantizer = quantizer_of(model)
-    if quantizer is None or not quantizer.initialised:
-        return None
-    with _evaluating(model), torch.no_grad():
-        codes = F.pad(model.item_codes(), (0, 0, 1, 0)).cpu()  # (I+1, L) the padding row first
-    return SemanticIds(codes=codes, num_codes=quantizer.num_codes, embeddings_fingerprint="", tokenizer=name)
-
-
-def codebook_levels(table: SemanticIds | None) -> tuple[CodebookLevel, ...]:
-    """The use of each level's codes by all items, the coarsest level first; nothing of no table."""
-    if table is None:
-        return ()
-    found, size = usage_metrics(table), table.num_codes
-    return tuple(
-        CodebookLevel(n, found[f"perplexity@{n}"], size, found[f"entropy@{n}"], int(found[f"dead_codes@{n}"]))
-        for n in range(1, table.num_levels + 1)
-    )
-
-
-def gradient_norms(losses: Mapping[str, Tensor], codebooks: Tensor) -> dict[str, Tensor]:
-    """Euclidean norm of each loss term's gradient on each level's codebook, (L,) float32 a term.
-
-    No ``.grad`` is touched and the graph is kept for the backward pass to come.
-
-    Args:
-        losses: terms (), by name.
-        codebooks: (L, K, D) that require a gradient. A term that they have no part in has norms of 0.
-    """
-    norms: dict[str, Tensor] = {}
-    for name, loss in losses.items():
-        gradient: Tensor | None = None
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, codebooks, retain_graph=True, allow_unused=True)  # (L, K, D)
-        found = torch.zeros_like(codebooks) if gradient is None else gradient
-        norms[name] = found.float().flatten(1).norm(dim=1)  # (L,)
-    return norms
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each part has its own mode back afterwards, also a part that is never trained."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _best_checkpoint(trainer: L.Trainer) -> Path | None:

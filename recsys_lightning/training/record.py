@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 import recsys_lightning
 from recsys_lightning.data.datamodules import CatalogDataModule, SequenceDataModule
 from recsys_lightning.files import replacing
+from recsys_lightning.semantic_ids.collisions import Resolved
 from recsys_lightning.training.codebook_health import codebook_report
 from recsys_lightning.training.evaluation import RankTable
 from recsys_lightning.training.recommender import RecommenderModule
+from recsys_lightning.training.tokenizer import TokenizerModule
 
 
 class RunRecord(SaveConfigCallback):
@@ -33,16 +36,19 @@ class RunRecord(SaveConfigCallback):
 
     ``config.yaml`` is the configuration of `fit`; later commands on the same run write ``config-test.yaml`` and so on.
     ``results.json`` holds ``metrics`` (flat; ``val/...`` of the checkpoint that is kept as best, ``test/...`` of the
-    last test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command, ``epochs``,
-    ``steps``, ``code``, and ``evidence`` of what was trained and validated on, for `recsys audit`; of a model with
-    codebooks of its own also ``codebooks`` (a row a level) and ``collapsed``, see `CodebookHealth`. Commands on one run
-    add to the file. Beside it, ``ranks-val.parquet`` and ``ranks-test.parquet`` hold the rank of every answer (see
-    `RankTable`) by raw ids, for tests that pair users.
+    last test), ``data``, ``model``, ``seed``, ``config``, ``hardware``, ``seconds`` in all and by command,
+    ``cpu_seconds_by_command`` (of the first process, without what its data workers used), ``epochs``, ``steps``,
+    ``code``, and ``evidence`` of what was trained and validated on, for `recsys audit`; of a model with codebooks of
+    its own also ``codebooks`` (a row a level), ``codebooks_whole``, ``codebook_events`` (how many) and ``collapsed``,
+    see `CodebookHealth`; of a tokenizer ``semantic_ids``, how the codes that `fit` has written collide, and what its
+    policy of collisions has cost. Commands on one run add to the file. Beside it, ``ranks-val.parquet`` and
+    ``ranks-test.parquet`` hold the rank of every answer (see `RankTable`) by raw ids, for tests that
+    pair users.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Note the time and save the configuration."""
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self.validated: dict[str, float] = {}
         self.ranks: RankTable | None = None  # of those metrics
         self.code = code_fingerprint()  # now: the files may be edited while the run goes on
@@ -94,6 +100,7 @@ class RunRecord(SaveConfigCallback):
         path = self.folder / "results.json"
         known = json.loads(path.read_text()) if path.is_file() and command != "fit" else {}
         seconds = {**known.get("seconds_by_command", {}), command: round(time.perf_counter() - self.started, 2)}
+        cpu_seconds = round(time.process_time() - self.cpu_started, 2)
         results = {
             "run": str(self.folder),
             "model": _model_name(module),
@@ -102,6 +109,7 @@ class RunRecord(SaveConfigCallback):
             "data": _data(trainer),
             "seconds": round(sum(seconds.values()), 2),
             "seconds_by_command": seconds,
+            "cpu_seconds_by_command": {**known.get("cpu_seconds_by_command", {}), command: cpu_seconds},
             "hardware": _hardware(trainer),
             "code": self.code,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -115,6 +123,8 @@ class RunRecord(SaveConfigCallback):
         report = codebook_report(trainer)
         if report is not None:
             results |= report.record()
+        if isinstance(module, TokenizerModule) and module.written is not None:
+            results["semantic_ids"] = _semantic_ids(module.written)
         with replacing(path) as file:
             file.write(json.dumps(results, indent=1).encode())
 
@@ -207,6 +217,11 @@ def _evidence(trainer: L.Trainer) -> dict[str, str]:
 def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
     wanted = (f"{stage}/", f"{stage}-unseen/")
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(wanted)}
+
+
+def _semantic_ids(written: Resolved) -> dict[str, Any]:
+    """How the codes that a tokenizer's fit has written collide, and what their policy has cost."""
+    return {**asdict(written.table.collision_report()), "collisions": asdict(written.cost)}
 
 
 def _model_name(module: L.LightningModule) -> str:

@@ -2,22 +2,22 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.datamodules import CatalogDataModule
-from recsys_lightning.semantic_ids.health import describe, usage_metrics
+from recsys_lightning.errors import InputError
+from recsys_lightning.semantic_ids.collisions import Policy, Resolved, resolve
+from recsys_lightning.semantic_ids.health import describe, reconstruction_error, usage_metrics
 from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, tokenize
+from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, rebuilt, tokenize
 from recsys_lightning.training.objective import log_losses
 from recsys_lightning.training.optimizers import Schedule, build_optimizer, check_warmup
 
@@ -29,9 +29,10 @@ FILE_NAME = "semantic_ids.safetensors"
 class TokenizerModule(L.LightningModule):
     """Fits an `ItemTokenizer` on item embeddings and writes ``semantic_ids.safetensors`` into the run folder.
 
-    After each validation the whole catalogue is tokenized and judged: ``val/loss`` (sum of the tokenizer's losses),
-    ``val/collision_rate``, ``val/cells``, and for each level ``val/perplexity@l``, ``val/entropy@l`` (share of log K)
-    and ``val/dead_codes@l``. The file is written at the end of `fit`, from the best checkpoint where there is one.
+    After each validation the whole catalogue is tokenized and judged: ``val/loss`` (sum of the tokenizer's losses; of
+    one that is learned in closed form its reconstruction error), ``val/reconstruction_error``, ``val/collision_rate``,
+    ``val/cells``, and for each level ``val/perplexity@l``, ``val/entropy@l`` (share of log K) and ``val/dead_codes@l``.
+    The file is written at the end of `fit`, from the best checkpoint where there is one.
 
     Items that the data hold out of training (``data.cold_items``) are neither fitted on nor part of a validation, so
     that they choose no checkpoint either; the file and ``test/...`` are of the whole catalogue.
@@ -41,6 +42,9 @@ class TokenizerModule(L.LightningModule):
         optimizer: makes the optimizer; biases, norms and gains are never decayed.
         schedule: of the learning rate after the warm-up.
         warmup_steps: steps over which the learning rate climbs.
+        collisions: what becomes of items with one and the same codes, in the file and in ``test/...``, see
+            `recsys_lightning.semantic_ids.collisions`: nothing, one code more (``extra_token``), or another last code,
+            by ``sinkhorn`` or ``reassign``. What it costs is said in the log and in ``results.json``.
     """
 
     def __init__(
@@ -49,12 +53,18 @@ class TokenizerModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-4),
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
+        collisions: Policy = "none",
     ):
         super().__init__()
         check_warmup(warmup_steps)
+        if collisions not in get_args(Policy):
+            raise InputError(f"collisions must be one of {', '.join(get_args(Policy))}, got {collisions!r}")
         self.build_tokenizer, self.optimizer = tokenizer, optimizer
         self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.collisions: Policy = collisions
         self.tokenizer: ItemTokenizer | None = None
+        self.written: Resolved | None = None  # what `fit` has written, and what that cost
+        self._has_losses = False  # to be minimised by gradient; known from the first batch that is judged
         self.step_losses: dict[str, Tensor] = {}  # of the training step under way, until its backward pass is done
 
     def configure_model(self) -> None:
@@ -104,50 +114,60 @@ class TokenizerModule(L.LightningModule):
         self.step_losses = {}
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the losses on a part of the items that may be learned from."""
+        """Log the losses, if there are any, on a part of the items that may be learned from."""
         self._log_losses(batch, "val")
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the losses on a part of the catalogue."""
+        """Log the losses, if there are any, on a part of the catalogue."""
         self._log_losses(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Tokenize the items that may be learned from and log how their codes are used."""
-        table = self.semantic_ids()
-        rows = F.pad(self._warm_items, (1, 0))  # the padding row first
-        self._log_usage(replace(table, codes=table.codes[rows]), "val")
+        """Tokenize the items that may be learned from, and log how their codes are used and what these lose."""
+        self._log_table(self.semantic_ids().of_items(self._warm_items), self._warm_items, "val")
 
     def on_test_epoch_end(self) -> None:
-        """Tokenize the whole catalogue and log how its codes are used."""
-        self._log_usage(self.semantic_ids(), "test")
+        """Tokenize the whole catalogue, and log how its codes are used and what these lose."""
+        table = self._resolved(self.semantic_ids()).table
+        self._log_table(table, torch.arange(1, table.num_items + 1), "test")
 
-    def on_fit_end(self) -> None:
-        """Write the semantic IDs, from the best checkpoint where there is one."""
+    def on_train_end(self) -> None:
+        """Write the semantic IDs, from the best checkpoint where there is one; colliding ones as `collisions` says."""
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
             self.load_state_dict(state["state_dict"])
-        ids = self.semantic_ids()
+        self.written = self._resolved(self.semantic_ids())
         path = Path(self.trainer.default_root_dir) / FILE_NAME
-        ids.save(path)
-        _log.info("wrote %s: %s", path, describe(ids.collision_report()))
+        self.written.table.save(path)
+        _log.info("wrote %s: %s", path, describe(self.written.table.collision_report()))
+        if self.collisions != "none":
+            _log.info(self.written.cost.describe())
 
     def semantic_ids(self) -> SemanticIds:
-        """The table of the whole catalogue as the tokenizer stands now."""
+        """The table of the whole catalogue as the tokenizer stands now; collisions stay."""
         catalog = self._catalog
         name = type(self.built).__name__
         return tokenize(self.built, catalog.text_embeddings(), catalog.text_fingerprint, name, catalog.fields)
 
+    def _resolved(self, table: SemanticIds) -> Resolved:
+        return resolve(self.collisions, self.built, self._catalog.text_embeddings(), table)
+
     def _log_losses(self, batch: Tensor, stage: str) -> None:
         losses = self.built.losses(batch)
-        if not losses:  # learned in closed form: what is left of an embedding once its codewords are taken away
-            losses = {"reconstruction": F.mse_loss(self.built.reconstruct(batch), batch)}
-        losses["loss"] = torch.stack(list(losses.values())).sum()
-        values = {f"{stage}/{name}": value for name, value in losses.items()}
-        self.log_dict(values, batch_size=len(batch), sync_dist=True)
+        self._has_losses = bool(losses)
+        if losses:
+            losses["loss"] = torch.stack(list(losses.values())).sum()
+            values = {f"{stage}/{name}": value for name, value in losses.items()}
+            self.log_dict(values, batch_size=len(batch), sync_dist=True)
 
-    def _log_usage(self, table: SemanticIds, stage: str) -> None:
-        values = {f"{stage}/{name}": value for name, value in usage_metrics(table).items()}
-        self.log_dict(values, sync_dist=True)
+    def _log_table(self, table: SemanticIds, items: Tensor, stage: str) -> None:
+        """Log the use of the codes of some items, by id, and what they lose; the loss too, where there is no other."""
+        values = usage_metrics(table)
+        if table.num_levels == self.built.num_levels:  # a code that only counts says nothing of an item
+            embeddings = self._catalog.text_embeddings()[items]
+            values["reconstruction_error"] = reconstruction_error(rebuilt(self.built, embeddings, table.codes[1:]))
+        if not self._has_losses:
+            values["loss"] = values.get("reconstruction_error", 0.0)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)

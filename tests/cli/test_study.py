@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from recsys_lightning.retrieval.fusion_weights import FusionWeights
+from recsys_lightning.semantic_ids.table import SemanticIds
 
 NAMES = "fusion, cosines, learned-fusion, temperature, interests, codes"
 SMALL = ["--beams", 2, 4, "--taus", 0.5, 1.0, "--psis", 8, "--k", 5]
@@ -166,21 +168,69 @@ def test_codes_before_and_after_joint_training(runs, recsys, tmp_path):
     text = check_report(output, "codes.png")
     assert "Changes are counted from" in text
     assert "and their counterparts in" in text
-    assert sum(int(row["items"]) for row in table(output.with_suffix(".csv"))) == 2 * 20
+    cards = table(output.with_suffix(".csv"))
+    assert sum(int(row["items"]) for row in cards if row["level"] == "1") == 2 * 20
+    assert {row["level"] for row in cards} == {"1", "2"}
     measures = table(tmp_path / "codes-measures.csv")
-    assert [(row["field"], row["level"]) for row in measures] == [("categories", "1"), ("categories", "2")] * 2
+    levels = [(row["field"], row["code_level"], row["level"]) for row in measures]
+    assert levels == [("categories", code, level) for code in "12" for level in "123"] * 2
     assert sum(int(row["items_in_both"]) for row in table(tmp_path / "codes-changes.csv")) > 0
+    assert [row["level"] for row in table(tmp_path / "codes-between.csv")] == ["1", "2"]
 
-    one = ["--before", "last", "--levels", 2, "--text_fields", "title", "--shown", 1, "--output", output]
-    done = recsys("study", "codes", runs / "sparc", *one)
+    one = ["--before", "last", "--levels", 2, "--text_fields", "title", "--shown", 1, "--min_items", 1]
+    done = recsys("study", "codes", runs / "sparc", *one, "--code_levels", 2, "--seed", 3, "--output", output)
     assert done.status == 0, done.err
     text = check_report(output, "codes.png")
     assert "(last.ckpt)" in text
-    assert "The 1 largest of" in text
+    assert "the 1 largest codes are shown" in text
     assert "| words of | title |" in text
+    assert "deals, seed 3 |" in text
+    cards = table(output.with_suffix(".csv"))
+    assert {row["level"] for row in cards} == {"2"}
+    assert sum(int(row["items"]) for row in cards) == 2 * 20, "codes of one item too"
     # COBRA's codes are given to it; they can be studied too, here by brand.
     assert recsys("study", "codes", runs / "cobra", "--field", "brand", "--levels", 1, "--output", output).status == 0
     assert "the field `brand`" in output.read_text()
+
+
+def test_codes_of_a_tokenizer_and_of_a_file(runs, recsys, tmp_path):
+    output, own = tmp_path / "codes.md", runs / "rqvae" / "semantic_ids.safetensors"
+    done = recsys("study", "codes", runs / "rqvae", runs / "cobra", own, "--output", output)
+    assert done.status == 0, done.err
+    text = check_report(output, "codes.png")
+    assert "| semantic_ids.safetensors |" in text, "the table that the run has written, not a checkpoint"
+    between = table(tmp_path / "codes-between.csv")
+    assert {float(row["nmi"]) for row in between} == {1.0}, "COBRA reads the table that is also in the file"
+
+    # A file by itself is of the run in whose folder it lies; one that lies elsewhere needs a run for its items.
+    assert recsys("study", "codes", own, "--output", output).status == 0
+    assert "| - | - | - | - | - |" in output.read_text()
+    moved = tmp_path / "elsewhere.safetensors"
+    shutil.copy(own, moved)
+    assert recsys("study", "codes", moved, runs / "rqvae", "--output", output).status == 0
+    assert [Path(row["run"]).name for row in table(tmp_path / "codes-between.csv")] == [moved.name] * 2
+    line = f"{moved} lies in no run folder: name a run on the same data beside it, for its items"
+    assert line in recsys("study", "codes", moved, "--output", output).error
+
+
+def test_an_earlier_checkpoint_of_a_tokenizer_is_tokenized_again(runs, recsys, tmp_path):
+    output = tmp_path / "codes.md"
+    done = recsys("study", "codes", runs / "rqvae", "--before", "last", "--output", output)
+    assert done.status == 0, done.err
+    names = [Path(row["run"]).name for row in table(tmp_path / "codes-measures.csv")]
+    assert set(names) == {"rqvae (last.ckpt)", "rqvae (semantic_ids.safetensors)"}
+
+
+def test_a_file_of_other_items_is_refused(runs, recsys, tmp_path):
+    path, output = tmp_path / "other.safetensors", tmp_path / "a.md"
+    SemanticIds(torch.zeros(8, 2, dtype=torch.long), 4, "f" * 64, "by hand").save(path)
+    line = recsys("study", "codes", runs / "rqvae", path, "--output", output).error
+    assert "other.safetensors is of other items than" in line
+    assert "(7 and 20)" in line
+    path = tmp_path / "renamed.safetensors"
+    ids = tuple(f"z{at}" for at in range(20))
+    SemanticIds(torch.zeros(21, 2, dtype=torch.long), 4, "f" * 64, "by hand", ids).save(path)
+    assert "is of other items than" in recsys("study", "codes", runs / "cobra", path, "--output", output).error
 
 
 def test_another_checkpoint_can_be_named(runs, recsys, tmp_path):
@@ -222,7 +272,7 @@ def test_help_lists_studies_and_options(recsys):
         (["learned-fusion", "{runs}/cobra", "--output", "{out}/a.md", "--resamples", "5"], "needs at least 100"),
         (["learned-fusion", "{runs}/cobra", "--output", "{out}/a.md", "--lr", "0"], "lr above 0"),
         (["temperature", "{runs}/cobra", "--output", "{out}/a.md"], "a run of COBRA; this study is of trained SPARC"),
-        (["codes", "{runs}/popularity", "--output", "{out}/a.md"], "this study is of trained COBRA or SPARC runs"),
+        (["codes", "{runs}/popularity", "--output", "{out}/a.md"], "has no semantic IDs: there are no codes to study"),
         (["codes", "{runs}/dense", "--output", "{out}/a.md"], "has no semantic IDs: there are no codes to study"),
         (["temperature", "{runs}/sparc", "{runs}/static", "--output", "{out}/a.md"], "differ in more than their seed"),
         (["temperature", "{runs}/sparc", "--temperatures", "0", "--output", "{out}/a.md"], "finite values above 0"),
@@ -233,7 +283,13 @@ def test_help_lists_studies_and_options(recsys):
             ["codes", "{runs}/sparc", "{runs}/static", "--before", "last", "--output", "{out}/a.md"],
             "--before sets a checkpoint of one run before it",
         ),
-        (["codes", "{runs}/sparc", "--seed", "3", "--output", "{out}/a.md"], "no option '--seed'"),
+        (
+            ["codes", "{runs}/rqvae/semantic_ids.safetensors", "--before", "last", "--output", "{out}/a.md"],
+            "is a file of semantic IDs",
+        ),
+        (["codes", "{runs}/rqvae/config.yaml", "--output", "{out}/a.md"], "is no table of semantic IDs"),
+        (["codes", "{runs}/sparc", "--code_levels", "3", "--output", "{out}/a.md"], "the runs have codes of levels 1"),
+        (["codes", "{runs}/sparc", "--users", "3", "--output", "{out}/a.md"], "no option '--users'"),
         (["cosines", "{runs}/dense", "--output", "{out}/a.md"], "has no semantic IDs: name their file"),
         (["cosines", "{runs}/cobra", "--semantic_ids", "{out}/x", "--output", "{out}/a.md"], "no semantic IDs at"),
     ],

@@ -238,7 +238,8 @@ def test_a_fit_ends_with_the_state_of_the_codebooks_which_stands_in_the_results(
     assert outcome.status == 0, outcome.err
     found = results(trained / "healthy")
     assert [row["level"] for row in found["codebooks"]] == [1, 2]
-    assert all(set(row) == {"level", "perplexity", "size", "entropy", "dead_codes"} for row in found["codebooks"])
+    columns = {"level", "perplexity", "size", "entropy", "dead_codes", "gini", "residual_norm"}
+    assert all(set(row) == columns for row in found["codebooks"])
     assert found["codebooks"][0]["size"] == 4
     assert found["collapsed"] is False
     assert "codebooks of best.ckpt" in outcome.out

@@ -22,8 +22,9 @@ def small(**arguments):
 
 
 @pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
-def test_a_clustered_set_is_overfit_and_its_clusters_get_their_own_codes(codebook_update):
-    rows, model = clustered(), small(codebook_update=codebook_update)
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation", "gumbel"])
+def test_a_clustered_set_is_overfit_and_its_clusters_get_their_own_codes(codebook_update, estimator):
+    rows, model = clustered(), small(codebook_update=codebook_update, estimator=estimator)
     model.fit(rows)
     before = model.eval().losses(rows)["reconstruction"].item()
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
@@ -104,6 +105,41 @@ def test_encoder_and_decoder_mirror_each_other():
     mirror = [tuple(weight.shape)[::-1] for weight in model.decoder.parameters() if weight.ndim == 2][::-1]
     assert sizes == mirror == [(512, 20), (256, 512), (128, 256), (32, 128)]
     assert model.encode(torch.zeros(2, 20)).shape == (2, 3)
+
+
+def first_gradient(**arguments):
+    """Of the encoder's first weights, by the reconstruction of one training batch."""
+    rows, model = clustered(), small(**arguments)
+    model.fit(rows)
+    torch.manual_seed(1)
+    model.train().losses(rows)["reconstruction"].backward()
+    return next(model.encoder.parameters()).grad
+
+
+def test_every_way_to_pass_the_gradient_moves_the_encoder_in_a_way_of_its_own():
+    ways = [{}, {"estimator": "rotation"}, {"estimator": "gumbel"}, {"estimator": "gumbel", "temperature": 1.0}]
+    found = [first_gradient(**way) for way in ways]
+    assert all(gradient.any() for gradient in found)
+    assert not any(torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+def test_sinkhorn_changes_what_the_last_codebook_learns_and_no_other():
+    """Half of the rows are crowded about one place, so that nearest codes are used unevenly."""
+    crowd = clustered()[:1] + 0.5 * torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    rows, states = torch.cat([clustered(num_each=2), crowd]), []
+    for arguments in ({"sinkhorn": 0.003}, {}, {"sinkhorn": 0.003, "sinkhorn_iterations": 1}, {"sinkhorn": 1.0}):
+        model = small(**arguments, dead_code_threshold=0.0)
+        model.fit(rows)
+        model.train().losses(rows)
+        states.append(model.quantizer.codebooks)
+    assert all(torch.equal(states[0][0], other[0]) for other in states[1:])
+    assert not any(torch.equal(states[0][1], other[1]) for other in states[1:])
+
+
+@pytest.mark.parametrize("estimator", ["gather", "gather_straight_through", "copy"])
+def test_an_estimator_that_sends_the_reconstruction_to_the_codebooks_is_refused_with_the_reason(estimator):
+    with pytest.raises(InputError, match=rf"straight_through, rotation, gumbel, got '{estimator}': the encoder learns"):
+        small(estimator=estimator, codebook_update="gradient")
 
 
 def test_bad_input_is_refused_with_the_cure():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_lightning.nn.estimators import Estimator, estimate
+from recsys_lightning.nn.estimators import Estimator, estimate, gumbel_words
 
 ALL = get_args(Estimator)
 
@@ -104,3 +104,62 @@ def test_to_the_opposite_direction_rotation_is_a_half_turn(dim):
 def test_in_one_dimension_rotation_is_the_scale_with_its_sign():
     x, target = torch.tensor([[2.0], [2.0]], requires_grad=True), torch.tensor([[6.0], [-6.0]], requires_grad=True)
     assert gradients(x, target, "rotation", torch.ones_like(x))[0].tolist() == [[3.0], [-3.0]]
+
+
+def test_gumbel_words_are_codewords_weighed_by_the_softmax_of_noise_less_distances():
+    """The printed formula with the noise drawn again: its value, and its gradients to rows and codewords."""
+    rows, codebook = pair(num_rows=5)[0], torch.randn(3, 4, dtype=torch.float64).requires_grad_()
+    torch.manual_seed(1)
+    noise = -torch.empty(5, 3, dtype=torch.float64).exponential_().log()
+    torch.manual_seed(1)
+    got = gumbel_words(rows, codebook, 0.7)
+    distances = (rows[:, None] - codebook).square().sum(-1)  # (B, K)
+    scale = sum(row.min() for row in distances.detach()) / 5
+    words = torch.zeros_like(rows)
+    for b in range(5):
+        weights = torch.exp(-distances[b] / (scale * 0.7) + noise[b])
+        words[b] = (weights / weights.sum()) @ codebook
+    torch.testing.assert_close(got, words)
+    passed = torch.randn_like(rows)
+    for ours, by_hand in zip(
+        torch.autograd.grad(got, (rows, codebook), passed),
+        torch.autograd.grad(words, (rows, codebook), passed),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, by_hand)
+
+
+def test_the_largest_weight_is_of_a_code_drawn_by_the_softmax_of_negative_distances():
+    """The words of unit vectors are the weights themselves."""
+    torch.manual_seed(0)
+    row = torch.tensor([0.6, 0.3, 0.0])
+    weights = gumbel_words(row.expand(20_000, 3), torch.eye(3), 2.0)  # (B, K)
+    distances = (row - torch.eye(3)).square().sum(-1)
+    expected = torch.softmax(-distances / (2.0 * distances.min()), 0)
+    torch.testing.assert_close(torch.bincount(weights.argmax(-1)) / 20_000, expected, atol=0.015, rtol=0)
+
+
+def test_gumbel_words_of_a_low_temperature_are_the_nearest_codewords():
+    torch.manual_seed(0)
+    rows, codebook = torch.randn(100, 4), torch.randn(3, 4)
+    nearest = codebook[torch.cdist(rows, codebook).argmin(-1)]
+    torch.testing.assert_close(gumbel_words(rows, codebook, 1e-5), nearest)
+    assert (gumbel_words(rows, codebook, 1.0) - nearest).norm(dim=-1).min() > 1e-3
+
+
+def test_gumbel_words_follow_the_scale_of_their_space():
+    """An encoder's first outputs differ by little: noise of unit size must not drown that."""
+    rows, codebook = (tensor.detach() for tensor in pair(num_rows=6))
+    torch.manual_seed(0)
+    wide = gumbel_words(rows, codebook[:3], 0.5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(gumbel_words(rows * 1e-3, codebook[:3] * 1e-3, 0.5), wide * 1e-3)
+
+
+def test_gumbel_words_are_finite_where_rows_are_codewords():
+    codebook = torch.randn(3, 4).requires_grad_()
+    rows = codebook.detach().clone().requires_grad_()
+    words = gumbel_words(rows, codebook, 0.2)
+    gradients = torch.autograd.grad(words.sum(), (rows, codebook))
+    assert torch.isfinite(words).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)

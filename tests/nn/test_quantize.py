@@ -9,8 +9,10 @@ from torch import nn
 
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.codebook import kmeans_codebook, nearest_code
+from recsys_lightning.nn.estimators import gumbel_words
 from recsys_lightning.nn.mlp import MLP
 from recsys_lightning.nn.quantize import ResidualQuantizer
+from recsys_lightning.nn.sinkhorn import balanced_codes
 
 
 def random_rows(num_rows=32, dim=6, seed=0):
@@ -342,6 +344,86 @@ def test_half_precision_rows_are_quantized_in_full_precision():
     assert torch.equal(quantizer(x).codes, quantizer.encode(x.float()))
 
 
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+def test_gumbel_mixes_codewords_in_training_and_takes_the_nearest_in_evaluation(codebook_update):
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(6, 2, 8, codebook_update=codebook_update, estimator="gumbel", dead_code_threshold=0)
+    books, x = quantizer.codebooks.detach().clone(), random_rows()
+    torch.manual_seed(1)
+    trained = quantizer(x)
+    torch.manual_seed(1)
+    first = gumbel_words(x, books[0], 0.2)
+    second = gumbel_words(x - first, books[1], 0.2)
+    torch.testing.assert_close(trained.words.detach(), torch.stack([first, second], 1))
+    torch.testing.assert_close(trained.vectors.detach(), first + second)
+    for row, codes in zip(x, trained.codes[:, 0].tolist(), strict=True):
+        assert codes == quantize_by_hand(row, books)[0][0]
+    quantized = quantizer.eval()(x)
+    assert torch.equal(quantized.vectors, quantizer.decode(quantizer.encode(x)))
+    assert torch.equal(quantized.codes, quantizer.encode(x))
+
+
+def test_gumbel_passes_the_gradient_to_the_input_and_in_gradient_mode_to_every_codeword():
+    for codebook_update in ("ema", "gradient"):
+        torch.manual_seed(0)
+        quantizer = ResidualQuantizer(6, 2, 8, codebook_update=codebook_update, estimator="gumbel", temperature=1.0)
+        x = random_rows().requires_grad_()
+        (quantizer(x).vectors * random_rows(seed=1)).sum().backward()
+        assert (x.grad != 0).all()
+        if codebook_update == "gradient":
+            assert (quantizer.codebooks.grad.norm(dim=-1) > 0).all()
+
+
+def test_a_temperature_near_zero_takes_the_nearest_codeword_and_a_high_one_mixes_all():
+    torch.manual_seed(0)
+    low, high = (ResidualQuantizer(6, 1, 8, estimator="gumbel", temperature=t) for t in (1e-5, 1e4))
+    high.load_state_dict(low.state_dict())
+    books, x = low.codebooks.clone(), random_rows(200)
+    torch.testing.assert_close(low(x).words[:, 0], books[0][nearest_code(x, books[0])])
+    assert torch.cdist(high(x).words[:, 0], books[0]).min() > 1e-3
+
+
+def crowded():
+    """Rows that nearly all want one code of the last level, in two copies of a quantizer: with Sinkhorn and without."""
+    torch.manual_seed(0)
+    plain, balanced = (ResidualQuantizer(6, 2, 4, dead_code_threshold=0, sinkhorn=s) for s in (None, 0.003))
+    plain.codebooks[1, 1:] += 0.7
+    balanced.load_state_dict(plain.state_dict())
+    return random_rows(40), plain, balanced
+
+
+def test_sinkhorn_spreads_the_last_level_over_its_codes_in_training_and_no_other_level():
+    x, plain, balanced = crowded()
+    residual = x - plain.codebooks[0][plain.encode(x)[:, 0]]
+    expected = balanced_codes(torch.cdist(residual, plain.codebooks[1]).square())
+    without, codes = plain(x).codes, balanced(x).codes
+    assert torch.bincount(without[:, 1], minlength=4).max() > 20
+    assert torch.bincount(codes[:, 1], minlength=4).max() <= 13
+    assert torch.equal(codes[:, 0], without[:, 0])
+    assert torch.equal(codes[:, 1], expected)
+
+
+def test_sinkhorn_moves_the_codebooks_as_it_assigns_and_leaves_evaluation_to_the_nearest_code():
+    x, plain, balanced = crowded()
+    assert torch.equal(balanced.eval()(x).codes, plain.eval()(x).codes)
+    assert torch.equal(balanced.encode(x), plain.encode(x))
+    codes = balanced.train()(x).codes[:, 1]
+    shares = torch.bincount(codes, minlength=4) / 40
+    torch.testing.assert_close(balanced.usage[1], 0.99 / 4 + 0.01 * shares)
+
+
+def test_more_sinkhorn_iterations_and_another_epsilon_assign_otherwise():
+    x, _, balanced = crowded()
+    state = {name: value.clone() for name, value in balanced.state_dict().items()}
+    found = []
+    for epsilon, iterations in ((0.003, 100), (0.003, 1), (1.0, 100)):
+        balanced.load_state_dict(state)
+        balanced.sinkhorn, balanced.sinkhorn_iterations = epsilon, iterations
+        found.append(balanced(x).codes)
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 RANK = """
 import sys
 import torch
@@ -398,11 +480,15 @@ def test_codebooks_of_two_ranks_are_equal_and_those_of_one_process(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"commitment": -1.0}, "commitment"),
         ({"dead_code_threshold": 2.0}, "dead_code_threshold"),
-        ({"estimator": "copy"}, "straight_through, gather, gather_straight_through, rotation, got 'copy'"),
+        ({"estimator": "copy"}, "straight_through, gather, gather_straight_through, rotation, gumbel, got 'copy'"),
         ({"loss_form": "tiger"}, "'tiger'"),
         ({"loss_form": "paper"}, "set codebook_update to 'gradient'"),
         ({"estimator": "gather"}, "estimator='gather' .* set codebook_update to 'gradient'"),
         ({"estimator": "gather_straight_through"}, "set codebook_update to 'gradient'"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"sinkhorn": 0.0}, "epsilon .* got 0.0"),
+        ({"sinkhorn": 0.003, "sinkhorn_iterations": 0}, "1 iteration or more, got 0"),
+        ({"sinkhorn": 0.003, "estimator": "gumbel"}, "leave sinkhorn at None"),
     ],
 )
 def test_an_error_names_the_argument(arguments, message):

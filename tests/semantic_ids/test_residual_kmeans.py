@@ -91,3 +91,24 @@ def test_what_cannot_be_fitted_is_refused():
         tokenizer.fit(torch.zeros(0, 8))
     with pytest.raises(InputError, match="num_codes=1"):
         ResidualKMeans(8, num_codes=1)
+
+
+def test_by_faiss_too_the_first_code_is_the_group_and_the_second_the_kind():
+    pytest.importorskip("faiss")
+    rows = clusters()
+    codes = ResidualKMeans(8, 2, 4, normalize=False, engine="faiss").fit(rows).encode(rows).view(4, 4, 5, 2)
+    assert len({int(codes[group, 0, 0, 0]) for group in range(4)}) == 4
+    assert (codes == codes[:, :, :1]).all()
+    for group in range(4):
+        assert len({int(codes[group, kind, 0, 1]) for kind in range(4)}) == 4
+
+
+def test_the_engine_decides_whose_k_means_runs():
+    pytest.importorskip("faiss")
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    ours, faiss = (ResidualKMeans(8, 2, 8, engine=engine).fit(rows) for engine in ("sklearn", "faiss"))
+    assert not torch.allclose(ours.codebooks, faiss.codebooks)
+    left = [float((one.target(rows) - one.reconstruct(rows)).square().sum()) for one in (ours, faiss)]
+    assert left[0] == pytest.approx(left[1], rel=0.05)
+    with pytest.raises(InputError, match="engine must be one of sklearn, faiss, got 'scipy'"):
+        ResidualKMeans(8, engine="scipy")

@@ -3,6 +3,7 @@
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from recsys_lightning.errors import InputError
 from recsys_lightning.semantic_ids.residual_kmeans import ResidualKMeans
 from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.semantic_ids.tokenizer import tokenize
+from recsys_lightning.semantic_ids.tokenizer import rebuilt, tokenize
 from recsys_lightning.semantic_ids.usage import code_usage
 
 OURS, OTHERS = "aaaabbbbccccdddd", "1111222233334444"
@@ -201,3 +202,33 @@ def test_disambiguation_counts_the_items_of_a_cell_by_id():
 def test_disambiguation_has_as_many_codes_as_the_largest_cell():
     table = SemanticIds(codes=torch.zeros(6, 1).long(), num_codes=2, embeddings_fingerprint="f", tokenizer="t")
     assert table.disambiguated().num_codes == 5
+
+
+def test_raw_ids_are_kept_whatever_they_hold(tmp_path):
+    names = ('B0"1', "zwei\nZeilen", "ärger", "")
+    codes = torch.tensor([[0, 0], [1, 1], [0, 2], [1, 1], [2, 0]])
+    ids = SemanticIds(codes=codes, num_codes=3, embeddings_fingerprint="f", tokenizer="t", item_ids=names)
+    ids.save(tmp_path / "ids.safetensors")
+    assert SemanticIds.load(tmp_path / "ids.safetensors").item_ids == names
+    with pytest.raises(InputError, match="4 items have semantic IDs, but 3 raw ids are given"):
+        replace(ids, item_ids=names[:3])
+
+
+def test_the_table_of_some_items_is_theirs_in_the_order_asked_for():
+    codes = torch.tensor([[0, 0], [1, 1], [0, 2], [1, 0], [2, 0]])
+    ids = SemanticIds(codes=codes, num_codes=3, embeddings_fingerprint="f", tokenizer="t", item_ids=tuple("abcd"))
+    some = ids.of_items(torch.tensor([4, 2]))
+    assert some.codes.tolist() == [[0, 0], [2, 0], [0, 2]]
+    assert some.item_ids == ("d", "b")
+
+
+def test_what_codes_stand_for_and_what_is_made_of_them_come_together(monkeypatch):
+    monkeypatch.setattr("recsys_lightning.semantic_ids.tokenizer._ROWS", 7)
+    rows = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)) + 5
+    tokenizer = ResidualKMeans(6, 2, 4).fit(rows)
+    codes = tokenizer.encode(rows)
+    parts = list(rebuilt(tokenizer, rows, codes))
+    assert len(parts) == 9
+    targets, estimates = (torch.cat(column) for column in zip(*parts, strict=True))
+    torch.testing.assert_close(targets, rows / rows.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(estimates, tokenizer.codebooks[0][codes[:, 0]] + tokenizer.codebooks[1][codes[:, 1]])

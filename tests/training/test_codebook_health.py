@@ -31,13 +31,9 @@ from recsys_lightning.nn.quantize import ResidualQuantizer
 from recsys_lightning.retrieval.recommendations import Recommendations
 from recsys_lightning.semantic_ids.residual_kmeans import ResidualKMeans
 from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.training.codebook_health import (
-    CodebookHealth,
-    CodebookLevel,
-    CodebookReport,
-    gradient_norms,
-    item_codes_now,
-)
+from recsys_lightning.training.codebook_health import CodebookHealth
+from recsys_lightning.training.codebook_report import CodebookLevel, CodebookReport
+from recsys_lightning.training.codebook_state import gradient_norms, item_codes_now
 from recsys_lightning.training.evaluation import EvaluationSettings
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.tokenizer import FILE_NAME, TokenizerModule
@@ -89,6 +85,15 @@ class Coded(Recommender):
 
     def recommend(self, batch, k, index):
         return Recommendations(batch.target.expand(-1, k), -torch.arange(k).expand(len(batch), -1).float())
+
+
+class Shrunk(Coded):
+    """Its level-1 codebook has one codeword within reach from the start."""
+
+    def __init__(self, catalog):
+        super().__init__(catalog)
+        self.books.codebooks.data[0, 0] = 0
+        self.books.codebooks.data[0, 1:] += 1000
 
 
 SQUARE_ROOT = math.sqrt(CODES * WIDTH)  # the norm of a codebook of ones
@@ -165,13 +170,68 @@ def test_every_epoch_logs_the_usage_of_the_whole_catalogue_also_where_nothing_is
     assert pl.read_csv(tmp_path / "log" / "metrics.csv")["codebook/perplexity@1"].drop_nulls().len() == 3
 
 
+def test_what_is_left_and_what_has_changed_is_logged_of_the_whole_catalogue(data, tmp_path):
+    model, logger = module(rate=10.0), CSVLogger(tmp_path / "log", name="", version="")
+    seen = []
+
+    class Codes(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(pl_module.built.eval().item_codes())
+            pl_module.train()
+
+    run = fit(model, data, Codes(), CodebookHealth(), max_epochs=3, logger=logger)
+    vectors, books = model.built.items.weight[1:].detach(), model.built.books.codebooks.detach()
+    first = vectors - books[0][seen[-1][:, 0]]
+    left = first - books[1][seen[-1][:, 1]]
+    expected = {
+        "residual_norm@1": (first.norm(dim=1) / vectors.norm(dim=1)).mean(),
+        "residual_norm@2": (left.norm(dim=1) / vectors.norm(dim=1)).mean(),
+        "reconstruction_error": left.square().sum(1).mean() / (vectors - vectors.mean(0)).square().sum(1).mean(),
+        "churn": (seen[-1] != seen[-2]).any(1).float().mean(),
+    }
+    for name, value in expected.items():
+        assert float(run.callback_metrics[f"codebook/{name}"]) == pytest.approx(float(value), rel=1e-4), name
+    assert expected["churn"] > 0, "or this test says nothing of it"
+    assert pl.read_csv(tmp_path / "log" / "metrics.csv")["codebook/churn"].drop_nulls().len() == 2, "not of the first"
+
+
+def test_the_catalogue_is_counted_and_not_what_a_batch_has_of_it(data):
+    class Batch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.items = batch.target[:, 0]
+
+    model, seen = module(rate=0.0), Batch()
+    run = fit(model, data, seen, CodebookHealth(), limit_train_batches=1)
+    codes = model.built.eval().item_codes()
+    of_batch, of_all = (len({tuple(row) for row in rows.tolist()}) for rows in (codes[seen.items - 1], codes))
+    assert float(run.callback_metrics["codebook/cells"]) == of_all
+    assert of_batch < of_all, "a batch would say something else"
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, [1, 3, 5]), (1, [0, 1, 2, 3, 4, 5]), (3, [2, 5])])
+def test_a_tokenizer_is_checked_when_it_validates_or_as_often_as_is_asked_for(items, tmp_path, every, expected):
+    model = TokenizerModule(lambda width: RQVAE(width, (8,), 4, 2, 6))
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    settings = {"max_epochs": 6, "check_val_every_n_epoch": 2, "logger": logger}
+    run = fit(model, items, CodebookHealth(every_n_epochs=every), **settings)
+    table = pl.read_csv(tmp_path / "log" / "metrics.csv").filter(pl.col("codebook/perplexity@1").is_not_null())
+    assert table["epoch"].to_list() == expected
+    x = model.built.target(items.catalog.text_embeddings()[1:])
+    error = (model.built.reconstruct(x) - x).square().sum(1).mean() / (x - x.mean(0)).square().sum(1).mean()
+    assert float(run.callback_metrics["codebook/reconstruction_error"]) == pytest.approx(float(error), rel=1e-3)
+    latents = model.built.encoder(x).detach()
+    left = latents - model.built.quantizer.decode(model.built.encode(x))
+    share = (left.norm(dim=1) / latents.norm(dim=1)).mean()
+    assert float(run.callback_metrics["codebook/residual_norm@2"]) == pytest.approx(float(share), rel=1e-3)
+
+
 def test_nothing_is_logged_of_codebooks_that_are_not_initialised_and_the_end_says_so(data):
     health = CodebookHealth(1)
     run = fit(module(initialised=False), data, health)
     assert not logged(run, ("codebook/", "gradient/"))
     assert health.report.levels == ()
     assert "not initialised yet" in health.report.warning
-    assert health.report.record() == {"codebooks": [], "collapsed": False}
+    assert health.report.record() == {"codebooks": [], "codebooks_whole": {}, "collapsed": False, "codebook_events": 0}
 
 
 def test_a_model_without_codebooks_is_left_alone(data):
@@ -257,6 +317,17 @@ def test_training_is_the_same_with_and_without(data, settings):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_training_a_tokenizer_is_the_same_with_and_without(items, update):
+    weights = []
+    for callbacks in ([], [CodebookHealth(1, min_perplexity_share=1.0, every_n_epochs=1)]):
+        torch.manual_seed(5)
+        model = TokenizerModule(lambda width: RQVAE(width, (8,), 4, 2, 6, codebook_update=update, dropout=0.2))
+        fit(model, items, *callbacks, max_epochs=3)
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_no_graph_is_held_after_a_step(data, items):
     for model, source in ((module(), data), (TokenizerModule(lambda width: RQVAE(width, (8,), 4, 2, 6)), items)):
         fit(model, source)
@@ -306,7 +377,7 @@ def test_a_planted_collapse_is_caught_and_a_healthy_codebook_is_not(data):
     assert not healthy.report.collapsed
     assert healthy.report.warning is None
     run = fit(module(collapse_after=0), data, collapsed)
-    assert collapsed.report.levels[0] == CodebookLevel(1, 1.0, CODES, 0.0, CODES - 1)
+    assert collapsed.report.levels[0][:6] == (1, 1.0, CODES, 0.0, CODES - 1, 0.75)
     assert collapsed.report.collapsed
     assert collapsed.report.warning == (
         "WARNING: the level-1 codebook of the last epoch has collapsed: perplexity 1.0 of 4 codes, "
@@ -334,12 +405,12 @@ def test_a_perplexity_at_the_share_is_a_collapse_and_above_it_is_none(share):
     for used in (16, 32, 48, 60):
         codes = torch.arange(used).repeat(7)[:, None]  # (N, 1)
         usage = SemanticIds(torch.cat([codes[:1] * 0, codes]), 64, "", "").collision_report()
-        level = CodebookLevel(1, usage.perplexity[0], 64, usage.entropy_share[0], 64 - used)
+        level = CodebookLevel(1, usage.perplexity[0], 64, usage.entropy_share[0], 64 - used, 0.0)
         assert CodebookReport("", (level,), share).collapsed == (used <= share * 64), (used, share)
 
 
 def test_only_level_1_is_judged_and_a_share_of_0_judges_nothing():
-    well, ill = CodebookLevel(1, 3.9, 4, 0.98, 0), CodebookLevel(2, 1.0, 4, 0.0, 3)
+    well, ill = CodebookLevel(1, 3.9, 4, 0.98, 0, 0.1), CodebookLevel(2, 1.0, 4, 0.0, 3, 0.75)
     assert not CodebookReport("", (well, ill), 0.5).collapsed
     assert CodebookReport("", (ill, well), 0.5).collapsed
     assert not CodebookReport("", (ill, well), 0.0).collapsed
@@ -372,7 +443,7 @@ def test_a_tokenizer_is_judged_by_the_table_that_it_writes(items, tmp_path, buil
     expected = by_hand(SemanticIds.load(tmp_path / FILE_NAME).codes[1:], 6)
     found = [(row.perplexity, row.entropy, row.dead_codes) for row in health.report.levels]
     assert found == [pytest.approx(row, rel=1e-5) for row in expected]
-    assert not logged(run, "codebook/"), "it logs val/... itself"
+    assert bool(logged(run, "codebook/")) == hasattr(run.lightning_module.built, "quantizer"), "k-means is not trained"
     assert "val/perplexity@1" in run.callback_metrics
 
 
@@ -389,6 +460,10 @@ def test_bad_settings_are_refused_by_their_keys():
         CodebookHealth(gradient_every_n_steps=-1)
     with pytest.raises(InputError, match=r"codebook_health.min_perplexity_share=1.5 must lie in \[0, 1\]"):
         CodebookHealth(min_perplexity_share=1.5)
+    with pytest.raises(InputError, match=r"codebook_health.max_dead_share=-0.1 must lie in \[0, 1\]"):
+        CodebookHealth(max_dead_share=-0.1)
+    with pytest.raises(InputError, match=r"codebook_health.every_n_epochs=0 must be 1 or more, or null"):
+        CodebookHealth(every_n_epochs=0)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -404,10 +479,21 @@ def write_what_was_logged(folder: Path, devices: int) -> None:
     (folder / f"{devices}-{run.global_rank}.json").write_text(json.dumps(found))
 
 
+def write_what_was_repaired(folder: Path) -> None:
+    """Fit on two processes a model whose level 1 collapses, and write its codebooks on each."""
+    torch.manual_seed(0)
+    model, health = module(rate=0.0), CodebookHealth(0, on_collapse="repair")
+    model.build_model = Shrunk
+    settings = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "default_root_dir": folder}
+    run = fit(model, sequences(folder / "cache"), health, **settings)
+    found = {"books": model.built.books.codebooks.tolist(), "perplexity": logged(run, "codebook/perplexity")}
+    (folder / f"repaired-{run.global_rank}.json").write_text(json.dumps(found))
+
+
 def test_the_figures_are_those_of_several_processes(tmp_path):
     write_what_was_logged(tmp_path, 1)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "SLURM", "LOCAL_"))}
-    command = [sys.executable, __file__, str(tmp_path), "2"]
+    command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one, *two = (json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json"))
@@ -417,7 +503,16 @@ def test_the_figures_are_those_of_several_processes(tmp_path):
         assert two[0][name] == pytest.approx(one[name]), name
     assert two[0]["gradient/pull@1"] == pytest.approx(one["gradient/pull@1"]) == pytest.approx(3 * SQUARE_ROOT)
     assert two[0]["gradient/quantization@1"] > 0
+    first, second = (json.loads((tmp_path / f"repaired-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second, "the repair is the first process's on both"
+    assert first["perplexity"]["codebook/perplexity@1"] > CODES / 2
+    events = (tmp_path / "codebook-events.jsonl").read_text().splitlines()
+    assert len(events) == 1, "written once"
+    assert json.loads(events[0])["action"] == "reset_dead"
+    usage = pl.read_parquet(tmp_path / "codebook-usage.parquet")
+    assert usage.height == 2 * LEVELS * CODES, "two checks, each written once"
 
 
 if __name__ == "__main__":
-    write_what_was_logged(Path(sys.argv[1]), int(sys.argv[2]))
+    write_what_was_logged(Path(sys.argv[1]), 2)
+    write_what_was_repaired(Path(sys.argv[1]))

@@ -14,7 +14,9 @@ from recsys_lightning.data.sources import Synthetic
 from recsys_lightning.errors import InputError
 from recsys_lightning.models.popularity import Popularity
 from recsys_lightning.models.rqvae import RQVAE
+from recsys_lightning.semantic_ids.collisions import resolve
 from recsys_lightning.semantic_ids.residual_kmeans import ResidualKMeans
+from recsys_lightning.semantic_ids.residual_vq import ResidualVQ
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.tokenizer import FILE_NAME, TokenizerModule
@@ -29,9 +31,9 @@ def data(tmp_path):
 def fit(module, data, folder, **settings):
     checkpoint = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", auto_insert_metric_name=False)
     run = L.Trainer(
-        accelerator="cpu", default_root_dir=folder, callbacks=[checkpoint], logger=False, enable_progress_bar=False,
+        accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
-        **({"max_epochs": 4} | settings),
+        **({"max_epochs": 4, "callbacks": [checkpoint]} | settings),
     )  # fmt: skip
     run.fit(module, data)
     return run
@@ -130,3 +132,52 @@ def test_a_negative_warm_up_is_refused(build):
     build(0)
     with pytest.raises(InputError, match=r"model.warmup_steps=-1 must be 0 or more"):
         build(-1)
+
+
+@pytest.mark.parametrize("collisions", ["none", "extra_token", "sinkhorn", "reassign"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_file_holds_what_the_policy_of_collisions_makes_and_results_say_what_it_cost(
+    data, tmp_path, name, collisions
+):
+    module = TokenizerModule(TOKENIZERS[name], collisions=collisions)
+    run = fit(module, data, tmp_path)
+    written = SemanticIds.load(tmp_path / FILE_NAME)
+    raw = module.semantic_ids()
+    again = resolve(collisions, module.built, data.catalog.text_embeddings(), raw)
+    assert torch.equal(written.codes, again.table.codes)
+    assert written.item_ids == tuple(data.catalog.raw_ids)
+    assert module.written.cost.policy == collisions
+    rates = module.written.cost.collision_rate
+    assert rates[0] > 0
+    assert (rates[1] == 0) if collisions == "extra_token" else (rates[1] == rates[0]) == (collisions == "none")
+    run.test(module, data, verbose=False)
+    assert float(run.callback_metrics["test/collision_rate"]) == pytest.approx(rates[1])
+
+
+def test_without_losses_the_reconstruction_error_is_the_loss(data, tmp_path):
+    closed = fit(TokenizerModule(TOKENIZERS["kmeans"]), data, tmp_path / "a", max_epochs=1).callback_metrics
+    assert float(closed["val/loss"]) == float(closed["val/reconstruction_error"])
+    trained = fit(TokenizerModule(TOKENIZERS["rqvae"]), data, tmp_path / "b", max_epochs=2).callback_metrics
+    terms = float(trained["val/reconstruction"]) + float(trained["val/quantization"])
+    assert float(trained["val/loss"]) == pytest.approx(terms, rel=1e-5)
+    assert float(trained["val/loss"]) != float(trained["val/reconstruction_error"])
+
+
+def test_the_loss_of_each_validation_is_that_of_its_own_codes(data, tmp_path):
+    seen = []
+
+    class Watch(L.Callback):
+        def on_validation_end(self, trainer, module):
+            now = trainer.callback_metrics
+            seen.append((float(now["val/loss"]), float(now["val/reconstruction_error"])))
+
+    module = TokenizerModule(lambda width: ResidualVQ(width, 2, 6, codebook_update="ema", ema_decay=0.5))
+    assert module.build_tokenizer(12).losses(torch.randn(4, 12)) == {}
+    fit(module, data, tmp_path, max_epochs=3, callbacks=[Watch()], enable_checkpointing=False)
+    assert len({loss for loss, _ in seen}) > 1
+    assert all(loss == error for loss, error in seen)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(InputError, match="collisions must be one of none, extra_token"):
+        TokenizerModule(TOKENIZERS["kmeans"], collisions="ignore")
