@@ -3,21 +3,16 @@
 import argparse
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from recsys_lightning.analysis.groups import shown_path
 from recsys_lightning.analysis.report import Opened, ReportSettings, build_report, representatives, shown_names
 from recsys_lightning.analysis.report_figures import require_plotly
 from recsys_lightning.analysis.report_sources import Source, is_finished, read_source
 from recsys_lightning.cli import nearest
+from recsys_lightning.cli.output import check_writable, progress_bars, shown_word
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
 
@@ -26,7 +21,6 @@ if TYPE_CHECKING:
 
 _LEFT_OUT = "Left out by --without_model."
 _LATER = "Computed once the training is over: they need the model and its data."
-Say = Callable[[str, int, int], None]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     require_plotly()
     output: Path = given.output or _folder(given.runs[0]) / "report.html"
     _check_output(output)
-    command = shlex.join(["recsys", *map(_shown, arguments)])
+    command = shlex.join(["recsys", *map(shown_word, arguments)])
     if given.watch:
         watch(given, settings, output, command, time.sleep)
         return
@@ -107,7 +101,7 @@ def write(
         cards=given.cards,
         seed=given.seed,
     )
-    with _progress() as say:
+    with progress_bars() as say:
         opened: Opened | str
         if refresh is not None:
             opened = _LATER
@@ -174,12 +168,7 @@ def _check_output(output: Path) -> None:
         raise InputError(f"--output {output} must be a file that ends in .html")
     if not output.parent.is_dir() and output.name == "report.html":
         raise InputError(f"no run folder {output.parent}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}; choose another folder") from error
+    check_writable(output)
 
 
 def _title(sources: Sequence[Source]) -> str:
@@ -187,7 +176,9 @@ def _title(sources: Sequence[Source]) -> str:
     return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more runs"
 
 
-def _opened(sources: Sequence[Source], given: argparse.Namespace, settings: Sequence[str], say: Say) -> Opened:
+def _opened(
+    sources: Sequence[Source], given: argparse.Namespace, settings: Sequence[str], say: Callable[[str, int, int], None]
+) -> Opened:
     """The first run of each group, ready to be computed with; one that cannot be opened is named and left out."""
     import torch
 
@@ -215,24 +206,3 @@ def _opened(sources: Sequence[Source], given: argparse.Namespace, settings: Sequ
             remarks.append(f"{name} could not be opened, so what needs its model is missing: {line}")
     say("opening runs", len(chosen), len(chosen))
     return Opened(runs, remarks)
-
-
-@contextmanager
-def _progress() -> Iterator[Say]:
-    """A bar on standard error for each thing that is done."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        tasks = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done)
-
-        yield report
-
-
-def _shown(word: str) -> str:
-    """A word of the command line as a report may show it: without absolute paths, also behind an equals sign."""
-    option, equals, value = word.partition("=")
-    return f"{option}={shown_path(value)}" if equals and option.startswith("--") else shown_path(word)

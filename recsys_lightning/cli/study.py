@@ -5,16 +5,14 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recsys_lightning.cli import nearest
-from recsys_lightning.cli.output import check_output
+from recsys_lightning.cli.output import check_output, progress_bars, shown_word
 from recsys_lightning.cli.studies import STUDIES, count, natural
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
@@ -60,11 +58,11 @@ def run(arguments: Sequence[str]) -> None:
     check_output(given.output)
     started = time.perf_counter()
     runs = _opened(name, given, settings)
-    with _progress() as progress:
+    with progress_bars() as progress:
         findings = STUDIES[name].make(runs, given, progress)
     seconds = time.perf_counter() - started
     _show(findings)
-    _write(findings, given.output, shlex.join(["recsys", *map(_shown, arguments)]), runs, seconds)
+    _write(findings, given.output, shlex.join(["recsys", *map(shown_word, arguments)]), runs, seconds)
 
 
 def _parsed(name: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -163,21 +161,6 @@ def _open(run: str | Path, checkpoint: str, settings: Sequence[str], of: Callabl
         raise InputError(line if str(folder) in line else f"{folder}: {line}") from error
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error for each thing that is done."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        tasks = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done)
-
-        yield report
-
-
 def _show(findings: "Findings") -> None:
     from recsys_lightning.analysis.compare import terminal_table
 
@@ -198,11 +181,3 @@ def _write(findings: "Findings", output: Path, command: str, runs: "Sequence[Ope
         with replacing(path) as file:
             file.write(content)
     sys.stdout.write(f"written to {output}\n")
-
-
-def _shown(word: str) -> str:
-    """A word of the command line as a report may show it: without absolute paths, also behind an equals sign."""
-    from recsys_lightning.analysis.groups import shown_path
-
-    option, equals, value = word.partition("=")
-    return f"{option}={shown_path(value)}" if equals and option.startswith("--") else shown_path(word)

@@ -34,15 +34,15 @@ from recsys_lightning.memory import keep_freed_memory
 from recsys_lightning.models.rqvae import RQVAE
 from recsys_lightning.nn.mlp import MLP
 from recsys_lightning.nn.quantize import ResidualQuantizer
+from recsys_lightning.semantic_ids.health import reconstruction_error
 from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.semantic_ids.tokenizer import reconstruction_error
+from recsys_lightning.semantic_ids.tokenizer import rebuilt
 from recsys_lightning.training.checkpoints import trained_model
 from recsys_lightning.training.record import code_fingerprint
 from recsys_lightning.training.tokenizer import FILE_NAME
 
 HEALTHY = 0.7  # of a level's codes, as perplexity
 YARDSTICK = 0.35  # CPU-seconds a step of ResidualVQ's RQ-VAE at the shape below, measured elsewhere
-SPENT = "cpu-seconds.json"
 
 
 class Fit(NamedTuple):
@@ -69,18 +69,15 @@ class Fit(NamedTuple):
 def fit(experiment: Path, seed: int, folder: Path, options: list[str]) -> Path:
     """The folder of a run, which is made first where there is none; `recsys fit` moves one that broke off aside."""
     made = folder / f"{experiment.stem}-seed{seed}"
-    if not (made / SPENT).is_file():
-        before = time.process_time()
+    if not (made / "results.json").is_file():
         run(["fit", "-c", str(experiment), f"--run_dir={made}", f"--seed_everything={seed}", *options])
-        (made / SPENT).write_text(json.dumps(time.process_time() - before))
     return made
 
 
 def judge(experiment: Path, seed: int, made: Path) -> Fit:
     """Read a run: its table of semantic IDs, its best weights and its log."""
-    cli = run(
-        ["audit", "-c", str(made / "config.yaml"), f"--run_dir={made}", "--ckpt_path=best"]
-    )  # builds, runs nothing
+    # An audit's settings: all is built, and nothing is run.
+    cli = run(["audit", "-c", str(made / "config.yaml"), f"--run_dir={made}", "--ckpt_path=best"])
     cli.datamodule.prepare_data()
     cli.datamodule.setup()
     catalog = cli.datamodule.catalog
@@ -88,6 +85,7 @@ def judge(experiment: Path, seed: int, made: Path) -> Fit:
     table = SemanticIds.load(made / FILE_NAME, catalog.text_fingerprint, catalog.num_items)
     embeddings, found = catalog.text_embeddings()[1:], table.collision_report()
     log = pl.read_csv(made / "metrics.csv")
+    results = json.loads((made / "results.json").read_text())
     names = [f"{word}/perplexity@1" for word in ("val", "codebook") if f"{word}/perplexity@1" in log.columns]
     levels = [names[0].replace("@1", f"@{level}") for level in range(1, table.num_levels + 1)]
     return Fit(
@@ -96,12 +94,12 @@ def judge(experiment: Path, seed: int, made: Path) -> Fit:
         num_codes=table.num_codes,
         perplexity=found.perplexity,
         dead=tuple(table.num_codes - used for used in found.used_codes),
-        error=reconstruction_error(tokenizer, embeddings, table.codes[1:]),
+        error=reconstruction_error(rebuilt(tokenizer, embeddings, table.codes[1:])),
         collisions=found.collision_rate,
         epochs=int(log["epoch"].max()) + 1,
-        cpu_seconds=json.loads((made / SPENT).read_text()),
+        cpu_seconds=results["cpu_seconds_by_command"]["fit"],
         history=log.filter(pl.col(levels[0]).is_not_null()).select("epoch", *levels),
-        record=json.loads((made / "results.json").read_text()),
+        record=results,
         embeddings=embeddings,
     )
 

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from recsys_lightning.errors import InputError
+from recsys_lightning.semantic_ids.balanced_kmeans import BalancedResidualKMeans
+from recsys_lightning.semantic_ids.category_tree import CategoryTree
 from recsys_lightning.semantic_ids.collisions import Policy, append, resolve
 from recsys_lightning.semantic_ids.last_codes import separate
+from recsys_lightning.semantic_ids.product_quantizer import ProductQuantizer
+from recsys_lightning.semantic_ids.random_codes import RandomCodes
 from recsys_lightning.semantic_ids.residual_kmeans import ResidualKMeans
+from recsys_lightning.semantic_ids.residual_vq import ResidualVQ
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import tokenize
 
@@ -328,3 +333,29 @@ def test_many_prefixes_are_resolved_as_each_by_itself(monkeypatch):
     monkeypatch.setattr("recsys_lightning.semantic_ids.last_codes._ROWS", 1)
     assert torch.equal(resolve("reassign", tokenizer(), embeddings, table).table.codes, whole.codes)
     assert whole.collision_report().collision_rate == 0
+
+
+TOKENIZERS = {
+    "balanced": lambda: BalancedResidualKMeans(6, 2, 4),
+    "pq": lambda: ProductQuantizer(6, 2, 4),
+    "opq": lambda: ProductQuantizer(6, 2, 4, opq=True),
+    "residual_vq": lambda: ResidualVQ(6, 2, 4),
+    "random": lambda: RandomCodes(6, 2, 4),
+    "category_tree": lambda: CategoryTree(6, 2, 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_items_are_appended_whatever_the_tokenizer(name):
+    embeddings = torch.cat([torch.zeros(1, 6), torch.randn(30, 6, generator=torch.Generator().manual_seed(0))])
+    paths = [f"Toys > {('Dolls', 'Cars', 'Bricks')[number % 3]} > {number % 2}" for number in range(30)]
+    fields = pl.DataFrame({"item_id": [f"i{n}" for n in range(30)], "categories": paths})
+    tokenizer = TOKENIZERS[name]().fit(embeddings[1:21], fields[:20])
+    table = tokenize(tokenizer, embeddings[:21], "old", name, fields[:20])
+    known = torch.tensor([0, *range(1, 21), *[0] * 10])
+    grown = append("none", tokenizer, embeddings, table, known, "new", fields)
+    assert torch.equal(grown.codes[:21], table.codes)
+    assert grown.num_items == 30
+    assert grown.item_ids == tuple(fields["item_id"])
+    assert len(grown.codes[21:].unique(dim=0)) > 1, "new items have codes of their own"
