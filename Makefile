@@ -66,7 +66,7 @@ ablate-sparc: GRID ?= experiments/ablations/sparc_cpu.yaml
 ablate-sparc: ablate ## SPARC, one difference at a time
 
 # The grid trains COBRA a short time on each tokenizer's semantic IDs; what is finished is not run again.
-bench-tokenizers: $(STAMP) ## every tokenizer on one embedding: time, collisions, health, and what COBRA makes of it (two hours)
+bench-tokenizers: $(STAMP) ## every tokenizer on one embedding: time, collisions, health, and what COBRA makes of it (90 minutes)
 	$(BIN)/recsys ablate experiments/ablations/tokenizers.yaml $(ARGS)
 	$(BIN)/recsys study tokenizers runs/ablations/tokenizers/with-*-seed42 --output experiments/results/tokenizers.md
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -262,6 +263,11 @@ def test_an_experiment_takes_two_steps_and_a_validation(name, cache, tmp_path, m
         codes[0] = 0
         SemanticIds(codes, sizes["num_codes"], catalog.text_fingerprint, "random").save("ids.safetensors")
         settings += ["--model.model.semantic_ids", "ids.safetensors"]
+    if "path" in own:  # a table of codes that somebody published
+        ids = run(["prepare", "-c", file, *settings]).datamodule.catalog.raw_ids
+        columns = {f"c{level}": range(len(ids)) for level in range(own["num_levels"])}
+        pl.DataFrame({"item_id": ids, "tokenizer": own["tokenizer"], **columns}).write_parquet("ids.parquet")
+        settings += ["--model.tokenizer.path", "ids.parquet", "--model.tokenizer.item_ids", "raw"]
     encoder = own.get("item_encoder", {})
     if "min_count" in (encoder.get("init_args") or {}):  # of 24 items few share a brand
         settings += ["--model.model.item_encoder.min_count", "1"]
@@ -281,7 +287,7 @@ def test_an_experiment_takes_two_steps_and_a_validation(name, cache, tmp_path, m
         assert (table.num_levels, table.num_codes) == (own["num_levels"], own["num_codes"])
     else:
         assert 0 <= results["metrics"]["val/ndcg@10"] <= 1
-    assert {path.name for path in tmp_path.iterdir()} <= {"run", "ids.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "ids.safetensors", "ids.parquet"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -48,7 +48,7 @@ def test_a_command_of_the_readme_parses(command, monkeypatch, capsys):
         pytest.skip(f"{', '.join(missing)} is the reader's own file")
     answers_itself = any(word in ("--help", "-h", "--version") or ".help" in word for word in words)
     if not answers_itself:
-        without_files = ("compare", "audit", "benchmark", "demo", "study")
+        without_files = ("compare", "audit", "append", "report", "benchmark", "demo", "study")
         words.append({"ablate": "--dry-run"}.get(words[0], "--help" if words[0] in without_files else "--print_config"))
     assert main(words) == 0, capsys.readouterr().err
 

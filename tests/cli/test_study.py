@@ -11,7 +11,7 @@ import yaml
 from recsys_lightning.retrieval.fusion_weights import FusionWeights
 from recsys_lightning.semantic_ids.table import SemanticIds
 
-NAMES = "fusion, cosines, learned-fusion, temperature, interests, codes"
+NAMES = "fusion, cosines, learned-fusion, temperature, interests, codes, tokenizers"
 SMALL = ["--beams", 2, 4, "--taus", 0.5, 1.0, "--psis", 8, "--k", 5]
 
 
@@ -211,6 +211,25 @@ def test_codes_of_a_tokenizer_and_of_a_file(runs, recsys, tmp_path):
     assert [Path(row["run"]).name for row in table(tmp_path / "codes-between.csv")] == [moved.name] * 2
     line = f"{moved} lies in no run folder: name a run on the same data beside it, for its items"
     assert line in recsys("study", "codes", moved, "--output", output).error
+
+
+def test_tokenizers_are_set_beside_what_cobra_makes_of_them(runs, recsys, tmp_path):
+    tested = tmp_path / "cobra"
+    shutil.copytree(runs / "cobra", tested)
+    output = tmp_path / "out" / "tokenizers.md"
+    words = ["--metrics", "recall@5", "--field", "categories", "--level", 1, "--output", output]
+    assert "has no test/recall@5" in recsys("study", "tokenizers", tested, *words).error
+    assert recsys("test", "-c", tested / "config.yaml", "--run_dir", tested).status == 0
+    done = recsys("study", "tokenizers", tested, *words)
+    assert done.status == 0, done.err
+    check_report(output, "tokenizers.png")
+    (row,) = table(output.with_suffix(".csv"))
+    assert (row["tokenizer"], row["class"], row["levels"], row["codes"]) == ("rqvae", "RQVAE", "2", "4")
+    assert float(row["NMI with categories"]) > 0
+    assert float(row["reconstruction error"]) > 0
+    assert float(row["CPU seconds"]) > 0
+    assert {line["rho"] for line in table(output.with_name("tokenizers-correlations.csv"))} == {""}, "of one"
+    assert "this study is of trained COBRA runs" in recsys("study", "tokenizers", runs / "popularity", *words).error
 
 
 def test_an_earlier_checkpoint_of_a_tokenizer_is_tokenized_again(runs, recsys, tmp_path):
