@@ -37,6 +37,8 @@ def run(arguments: Sequence[str]) -> None:
     given, settings = _parsed(arguments)
     require_plotly()
     output: Path = given.output or _folder(given.runs[0]) / "report.html"
+    if given.output is None and not output.parent.is_dir():
+        raise InputError(f"no run folder {output.parent}")
     _check_output(output)
     command = shlex.join(["recsys", *map(shown_word, arguments)])
     if given.watch:
@@ -166,8 +168,6 @@ def _check_output(output: Path) -> None:
     """
     if output.suffix != ".html" or output.is_dir():
         raise InputError(f"--output {output} must be a file that ends in .html")
-    if not output.parent.is_dir() and output.name == "report.html":
-        raise InputError(f"no run folder {output.parent}")
     check_writable(output)
 
 
