@@ -116,6 +116,10 @@ class RecsysTrainer(L.Trainer):
 class RecsysCLI(LightningCLI):
     """LightningCLI with a run folder, results, one-line errors, and a command line that checkpoints cannot override."""
 
+    def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
+        self.command = args[0]
+        super().__init__(args=list(args), **kwargs)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose files, keys and ``${...}`` see one another and the command line."""
         kwargs.setdefault("parser_mode", "omegaconf+")
@@ -127,6 +131,13 @@ class RecsysCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's four, `prepare` and `audit`."""
         return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _WITHOUT_TRAINER}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Build the parser of the one command that is run: building all six would take most of the time to start."""
+        wanted, command = self.subcommands(), self.command
+        # The instance's own, where Lightning looks for it.
+        self.subcommands = lambda: {command: wanted[command]}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder, and the callbacks every run has."""
@@ -316,7 +327,7 @@ def run(arguments: Sequence[str]) -> RecsysCLI:
             save_config_callback=RunRecord,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=list(arguments),
+            args=arguments,
         )
     except Exception as error:
         line = while_running(error)
