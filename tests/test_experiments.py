@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 from recsys_lightning.analysis.grid import load_grid
 from recsys_lightning.analysis.grid_runs import expand, identity
@@ -137,6 +138,9 @@ class Parsed(RecsysCLI):
 
     lines: ClassVar[list[list[str]]] = []
     configs: ClassVar[list[dict[str, Any]]] = []
+
+    def _add_subcommands(self, parser, **kwargs):
+        LightningCLI._add_subcommands(self, parser, **kwargs)  # of all commands: the lines are of several
 
     def parse_arguments(self, parser, args):
         for line in self.lines:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from recsys_lightning.errors import InputError
+from recsys_lightning.semantic_ids.health import reconstruction_error
 from recsys_lightning.semantic_ids.random_codes import RandomCodes
-from recsys_lightning.semantic_ids.tokenizer import reconstruction_error, tokenize
+from recsys_lightning.semantic_ids.tokenizer import rebuilt, tokenize
 
 
 def items(*ids):
@@ -47,7 +48,7 @@ def test_codes_are_spread_evenly_and_levels_and_seeds_have_nothing_in_common():
 def test_what_codes_tell_of_embeddings_is_chance():
     rows = random(1000, 6)
     tokenizer = RandomCodes(6, num_codes=4).fit(rows, MANY)
-    error = reconstruction_error(tokenizer, rows, tokenizer.assign(rows, MANY))
+    error = reconstruction_error(rebuilt(tokenizer, rows, tokenizer.assign(rows, MANY)))
     assert 0.97 < error < 1  # 3 x 4 codewords for 1000 items
 
 
