@@ -13,6 +13,9 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(DEVICE)
 
+# A file of tests is one process's, which shares what its fixtures have trained.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 # Torch first and by this name alone: pip then finds the CPU build, and everything after it is content with it.
 PIP_gpu := install
 PIP_cpu := install --constraint docker/constraints-cpu.txt
@@ -38,8 +41,8 @@ $(STAMP): pyproject.toml docker/constraints-cpu.txt
 demo: $(STAMP) ## everything on a synthetic catalogue with a known answer, then one table (under 4 minutes)
 	$(BIN)/recsys demo
 
-test: $(STAMP) ## the tests (under 10 minutes)
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the tests, on up to 4 cores (15 minutes on two)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout 3600
@@ -48,7 +51,7 @@ check: $(STAMP) ## what has to hold before a change lands: lint, format, types, 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff format .
