@@ -64,14 +64,14 @@ def run(arguments: Sequence[str]) -> None:
         opened.data.setup()
         catalog = opened.data.catalog
         tokenizer = trained_model(opened.module, catalog, opened.checkpoint)
-        grown = appended(opened.module, tokenizer, table, catalog)  # type: ignore[arg-type]
+        old, new = _known_items(table, catalog)
+        grown = appended(opened.module, tokenizer, table, catalog, old)  # type: ignore[arg-type]
     except Exception as error:
         line = while_running(error)
         if line is None:
             raise
         raise InputError(f"{folder}: {line}") from error
     grown.save(output)
-    old, new = _known_items(table, catalog)
     gone = table.num_items - int((old > 0).sum())
     sys.stdout.write(
         f"{int((old > 0).sum())} items keep their semantic IDs, {new} are new, {gone} are no longer there\n"
@@ -81,7 +81,9 @@ def run(arguments: Sequence[str]) -> None:
     )
 
 
-def appended(module: TokenizerModule, tokenizer: ItemTokenizer, table: SemanticIds, catalog: Catalog) -> SemanticIds:
+def appended(
+    module: TokenizerModule, tokenizer: ItemTokenizer, table: SemanticIds, catalog: Catalog, known: torch.Tensor
+) -> SemanticIds:
     """The table of a catalogue, in which the items that `table` knows have their codes from there.
 
     Args:
@@ -89,6 +91,7 @@ def appended(module: TokenizerModule, tokenizer: ItemTokenizer, table: SemanticI
         tokenizer: of that run, trained.
         table: with raw ids.
         catalog: with embeddings by the same encoder.
+        known: (I+1,) item ids in the table of the catalogue's items, 0 for new ones and padding.
 
     Raises:
         InputError: the table knows no raw ids, none of its items is in the catalogue, or the tokenizer no longer gives
@@ -96,14 +99,12 @@ def appended(module: TokenizerModule, tokenizer: ItemTokenizer, table: SemanticI
     """
     if table.item_ids is None:
         raise InputError("the semantic IDs hold no raw item ids, by which known items are found; make them anew")
-    known, _ = _known_items(table, catalog)
     if not bool(known.any()):
         raise InputError("none of the items that have semantic IDs is in these data: is this the catalogue that grew?")
     _check_same_embeddings(tokenizer, table, catalog, known)
     embeddings = catalog.text_embeddings()
-    return append(
-        module.collisions, tokenizer, embeddings, table, known, catalog.text_fingerprint, catalog.fields
-    )  # fmt: skip
+    fingerprint = catalog.text_fingerprint
+    return append(module.collisions, tokenizer, embeddings, table, known, fingerprint, catalog.fields)
 
 
 def _known_items(table: SemanticIds, catalog: Catalog) -> tuple[torch.Tensor, int]:

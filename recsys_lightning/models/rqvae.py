@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.mlp import MLP
-from recsys_lightning.nn.quantize import ResidualQuantizer, residual_decode
+from recsys_lightning.nn.quantize import ResidualQuantizer, residual_last_distances
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
 
 RQVAEEstimator = Literal["straight_through", "rotation", "gumbel"]
@@ -164,6 +164,4 @@ class RQVAE(ItemTokenizer):
     @torch.no_grad()
     def last_distances(self, embeddings: Tensor, codes: Tensor) -> Tensor:
         """Squared distances (B, K), in the latent space, of what the levels before the last leave to its codewords."""
-        books = self.quantizer.codebooks
-        before = residual_decode(codes[:, :-1].to(self.device), books[:-1])  # (B, latent)
-        return torch.cdist(self.latents(embeddings) - before, books[-1]).square()
+        return residual_last_distances(self.latents(embeddings), codes, self.quantizer.codebooks)

@@ -44,6 +44,18 @@ def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     return codebooks[levels, codes].sum(-2)  # (..., D)
 
 
+def residual_last_distances(rows: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Squared distances (B, K) to the last level's codewords of what the levels before it leave of rows (B, D).
+
+    Args:
+        rows: (B, D).
+        codes: (B, L), of which the last is not read.
+        codebooks: (L, K, D).
+    """
+    before = residual_decode(codes[:, :-1].to(codebooks.device), codebooks[:-1])  # (B, D)
+    return torch.cdist(rows - before, codebooks[-1]).square()
+
+
 def residual_kmeans(
     rows: Tensor, num_levels: int, num_codes: int, num_iterations: int = 50, num_starts: int = 1, seed: int = 0
 ) -> Tensor:

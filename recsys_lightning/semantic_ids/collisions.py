@@ -16,7 +16,7 @@ from torch import Tensor
 from recsys_lightning.errors import InputError
 from recsys_lightning.semantic_ids.last_codes import separate
 from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings, rebuilt
+from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings, evaluating, rebuilt
 
 Policy = Literal["none", "extra_token", "sinkhorn", "reassign"]
 
@@ -85,7 +85,7 @@ def resolve(policy: Policy, tokenizer: ItemTokenizer, embeddings: Tensor, table:
     """
     _check(policy, tokenizer, embeddings, table.num_codes, table.num_items, table.num_levels)
     start = time.perf_counter()
-    with _Evaluating(tokenizer):
+    with evaluating(tokenizer):
         new = _resolved(policy, tokenizer, embeddings, table)
         seconds = time.perf_counter() - start
         distances = [_squared_distance(tokenizer, embeddings, each.codes) for each in (table, new)]
@@ -149,7 +149,7 @@ def append(
     codes = torch.zeros(len(embeddings), table.num_levels, dtype=torch.int64)  # (J+1, L)
     codes[old] = table.codes.cpu()[known[old]]
     if len(new):
-        with _Evaluating(tokenizer):
+        with evaluating(tokenizer):
             codes[new, : tokenizer.num_levels] = tokenizer.assign(embeddings[1:], fields).cpu()[new - 1]
             if policy == "extra_token":
                 _count_on(codes, new)
@@ -165,19 +165,6 @@ def append(
         tokenizer=f"{table.tokenizer}, {len(new)} items appended",
         item_ids=None if fields is None else tuple(fields.get_column("item_id").to_list()),
     )
-
-
-class _Evaluating:
-    """Evaluation mode for a while."""
-
-    def __init__(self, tokenizer: ItemTokenizer) -> None:
-        self.tokenizer, self.training = tokenizer, tokenizer.training
-
-    def __enter__(self) -> None:
-        self.tokenizer.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self.tokenizer.train(self.training)
 
 
 def _check(

@@ -36,7 +36,7 @@ class CodebookState:
 
     def metrics(self) -> dict[str, float]:
         """What is logged, by name: `usage_metrics`, and of the others what is known."""
-        values = usage_metrics(self.table)
+        values = _usage_values(self.usage, self.collisions)
         if self.residual_norm is not None:
             values |= {f"residual_norm@{n}": value for n, value in enumerate(self.residual_norm.tolist(), start=1)}
         others = {"reconstruction_error": self.reconstruction_error, "churn": self.churn}
@@ -62,18 +62,23 @@ def usage_metrics(table: SemanticIds) -> dict[str, float]:
     ``collision_rate``, ``cells``, ``largest_cell``, and for each level l from 1 ``perplexity@l``, ``entropy@l`` (share
     of log K), ``dead_codes@l`` and ``gini@l``.
     """
-    report = table.collision_report()
-    gini = code_usage(table.codes[1:], table.num_codes).gini.tolist()
+    return _usage_values(code_usage(table.codes[1:], table.num_codes), table.collision_report())
+
+
+def _usage_values(usage: CodeUsage, report: CollisionReport) -> dict[str, float]:
     values: dict[str, float] = {
         "collision_rate": report.collision_rate,
         "cells": report.num_cells,
         "largest_cell": report.largest_cell,
     }
-    for level in range(table.num_levels):
-        values[f"perplexity@{level + 1}"] = report.perplexity[level]
-        values[f"entropy@{level + 1}"] = report.entropy_share[level]
-        values[f"dead_codes@{level + 1}"] = table.num_codes - report.used_codes[level]
-        values[f"gini@{level + 1}"] = gini[level]
+    columns = {
+        "perplexity": usage.perplexity,
+        "entropy": usage.entropy_share,
+        "dead_codes": usage.num_dead,
+        "gini": usage.gini,
+    }
+    for name, column in columns.items():
+        values |= {f"{name}@{level}": value for level, value in enumerate(column.tolist(), start=1)}
     return {name: float(value) for name, value in values.items()}
 
 

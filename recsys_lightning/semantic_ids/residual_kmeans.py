@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.codebook import Engine, kmeans_codebook, nearest_code
-from recsys_lightning.nn.quantize import residual_decode, residual_encode
+from recsys_lightning.nn.quantize import residual_decode, residual_encode, residual_last_distances
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
 
 # k-means++ starts a level, the best of which is kept: codes are learned once, so a bad start would stay.
@@ -113,8 +113,7 @@ class ResidualKMeans(ItemTokenizer):
     @torch.no_grad()
     def last_distances(self, embeddings: Tensor, codes: Tensor) -> Tensor:
         """Squared distances (B, K) of what the levels before the last leave to its codewords."""
-        before = residual_decode(codes[:, :-1].to(self.device), self.codebooks[:-1])  # (B, D)
-        return torch.cdist(self.target(embeddings) - before, self.codebooks[-1]).square()
+        return residual_last_distances(self.target(embeddings), codes, self.codebooks)
 
     def _refuse_unfitted(self, asked: str) -> None:
         if not self.fitted:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsys_lightning.nn.quantize import ResidualQuantizer, residual_decode
+from recsys_lightning.nn.quantize import ResidualQuantizer, residual_last_distances
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
 
 
@@ -109,6 +109,4 @@ class ResidualVQ(ItemTokenizer):
     @torch.no_grad()
     def last_distances(self, embeddings: Tensor, codes: Tensor) -> Tensor:
         """Squared distances (B, K) of what the levels before the last leave to its codewords."""
-        books = self.quantizer.codebooks
-        before = residual_decode(codes[:, :-1].to(self.device), books[:-1])  # (B, D)
-        return torch.cdist(self.target(embeddings) - before, books[-1]).square()
+        return residual_last_distances(self.target(embeddings), codes, self.quantizer.codebooks)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import polars as pl
@@ -98,6 +99,18 @@ class ItemTokenizer(nn.Module, ABC):
 _CPU = torch.device("cpu")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each part has its own mode back afterwards, also a part that is never trained."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 def check_embeddings(embeddings: Tensor, embedding_dim: int) -> None:
     """Refuse embeddings a tokenizer cannot be fitted on.
 
@@ -139,12 +152,8 @@ def tokenize(
         The table, on the CPU.
     """
     check_embeddings(embeddings[1:], tokenizer.embedding_dim)
-    was_training = tokenizer.training
-    tokenizer.eval()
-    try:
+    with evaluating(tokenizer):
         codes = tokenizer.assign(embeddings[1:], fields)  # (I, L)
-    finally:
-        tokenizer.train(was_training)
     padding = torch.zeros(1, tokenizer.num_levels, dtype=torch.int64)
     return SemanticIds(
         codes=torch.cat([padding, codes]),  # (I+1, L)

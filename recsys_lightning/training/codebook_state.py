@@ -1,18 +1,17 @@
 """The codebooks of a model measured on its whole catalogue, and the gradients that reach them in a step."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.nn.quantize import ResidualQuantizer, residual_decode
 from recsys_lightning.semantic_ids.health import CodebookState, codebook_state, reconstruction_error, residual_norms
 from recsys_lightning.semantic_ids.table import SemanticIds
-from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, rebuilt, tokenize
+from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, evaluating, rebuilt, tokenize
 from recsys_lightning.training.checkpoints import Learner
 
 # Items whose embeddings are rebuilt at once: bounds memory on catalogues of millions.
@@ -43,7 +42,7 @@ def item_codes_now(model: Learner, catalog: Catalog) -> SemanticIds | None:
     quantizer = quantizer_of(model)
     if quantizer is None or not quantizer.initialised:
         return None
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         codes = F.pad(model.item_codes(), (0, 0, 1, 0)).cpu()  # (I+1, L) the padding row first
     return SemanticIds(codes=codes, num_codes=quantizer.num_codes, embeddings_fingerprint="", tokenizer=name)
 
@@ -54,7 +53,7 @@ def quantized_vectors(model: Learner, catalog: Catalog) -> Tensor:
     For a recommender these are its item vectors, for a tokenizer its latents. The modes of the model's parts are as
     before afterwards.
     """
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         if not isinstance(model, ItemTokenizer):
             return model.item_table()[1:]
         rows = torch.split(catalog.text_embeddings()[1:], _ROWS)
@@ -111,7 +110,7 @@ def _rebuilt(
     Of a tokenizer the embeddings; of a recommender the vectors (I, D) that its quantizer is given.
     """
     if isinstance(model, ItemTokenizer):
-        with _evaluating(model):
+        with evaluating(model):
             yield from rebuilt(model, catalog.text_embeddings()[1:], table.codes[1:])
         return
     quantizer = quantizer_of(model)
@@ -119,15 +118,3 @@ def _rebuilt(
         return
     for codes, rows in zip(torch.split(table.codes[1:], _ROWS), torch.split(vectors, _ROWS), strict=True):
         yield rows, residual_decode(codes.to(rows.device), quantizer.codebooks.detach())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each part has its own mode back afterwards, also a part that is never trained."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
