@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from recsys_lightning import __version__
 from recsys_lightning.errors import InputError
+from recsys_lightning.signals import stop_signals
 
 # command: (module that runs it, one line of help). Each module has a function of the command's name or `run`.
 COMMANDS = {
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"recsys {__version__}\n")
         return 0
     command = arguments[0]
+    if command == "fit":
+        stop_signals.listen()  # before all imports: schedulers may signal early
     try:
         if command not in COMMANDS:
             raise InputError(f"no command {command!r}; `recsys --help` lists them{nearest(command, COMMANDS)}")
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
         raise
+    finally:
+        stop_signals.restore()
     return 0
 
 

@@ -19,21 +19,25 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 
+from recsys_lightning.analysis.grid_runs import leaves
 from recsys_lightning.cli import closest, nearest
 from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
 from recsys_lightning.training.codebook_health import CodebookHealth
+from recsys_lightning.training.durable import BestAndLast
+from recsys_lightning.training.preemption import Preemption
 
 # What the top-level keys of a configuration build; everything below follows from signatures.
 ROOTS: dict[str, type] = {
     "model": L.LightningModule,
     "data": CatalogDataModule,
     "trainer": L.Trainer,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": BestAndLast,
     "early_stopping": EarlyStopping,
     "codebook_health": CodebookHealth,
+    "preemption": Preemption,
 }
 _SUBCLASS_ROOTS = ("model", "data")
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -93,6 +97,18 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
             found.append(Setting(_short(written), written, value, ""))
             found += _sub_file(_short(written), written, value, Path())
     return found
+
+
+def written_keys(arguments: Sequence[str]) -> set[str]:
+    """The keys that a command line and its files name, without ``init_args`` and ``class_path``."""
+    keys = set()
+    for setting in read_settings(arguments):
+        if setting.value.startswith("{"):
+            inner = (key for key, _ in leaves(yaml.safe_load(setting.value), setting.key))
+            keys |= {_short(key) for key in inner}
+        elif setting.value:
+            keys.add(setting.key)
+    return keys
 
 
 def _read_file(value: str) -> list[Setting]:

@@ -6,22 +6,23 @@ import os
 import pkgutil
 import sys
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from omegaconf.errors import OmegaConfBaseException
 
 import recsys_lightning.models
 import recsys_lightning.semantic_ids
+from recsys_lightning.cli.launch import alone, trainer_settings
 from recsys_lightning.cli.messages import (
     ParseError,
     class_help,
@@ -30,6 +31,15 @@ from recsys_lightning.cli.messages import (
     read_settings,
     unresolved,
     while_running,
+    written_keys,
+)
+from recsys_lightning.cli.run_folder import (
+    checkpoint_folder,
+    chosen_checkpoint,
+    csv_logger,
+    is_finished,
+    move_aside,
+    refuse_other_settings,
 )
 from recsys_lightning.cli.statistics import (
     print_codebook_warning,
@@ -41,6 +51,8 @@ from recsys_lightning.data.datamodules import CatalogDataModule
 from recsys_lightning.errors import InputError
 from recsys_lightning.memory import keep_freed_memory
 from recsys_lightning.training.codebook_health import CodebookHealth, codebook_report
+from recsys_lightning.training.durable import BestAndLast, DurableCheckpointIO
+from recsys_lightning.training.preemption import Preemption
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.record import PredictionWriter, RunRecord
 from recsys_lightning.training.tokenizer import TokenizerModule  # noqa: F401
@@ -51,7 +63,6 @@ for _package in (recsys_lightning.models, recsys_lightning.semantic_ids):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
-NEED_CHECKPOINT = ("validate", "test", "predict", "audit")
 _WITHOUT_TRAINER = ("prepare", "audit")
 # What constructors raise on settings they cannot use; torch has RuntimeError for a negative size.
 _REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException)
@@ -90,8 +101,23 @@ class _Builder:
             raise self.refused from error
 
 
+class _NoSignals(_SignalConnector):
+    """Registers no handlers."""
+
+    def register_signal_handlers(self) -> None:
+        """Leave them as they are."""
+
+
 class RecsysTrainer(L.Trainer):
-    """Lightning's Trainer with two more verbs: one needs no model, the other no training."""
+    """Lightning's Trainer with two more verbs, one that needs no model and one that needs no training.
+
+    It leaves signals alone: Lightning's own handlers talk to other processes from within, which hangs where those are
+    at another step. See `Preemption`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal_connector = _NoSignals(self)
 
     def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Build and cache the data and the item embeddings, print the statistics."""
@@ -154,9 +180,10 @@ class RecsysCLI(LightningCLI):
             default="default",
             help="a short name of the data, for ${dataset} in paths and keys: one file then serves several data sets",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(CodebookHealth, "codebook_health")
+        parser.add_lightning_class_args(Preemption, "preemption")
         monitor = {"monitor": "val/ndcg@10", "mode": "max"}
         fixed: dict[str, Any] = {"filename": "best", "save_last": True}
         fixed |= {"auto_insert_metric_name": False, "enable_version_counter": False}
@@ -209,20 +236,14 @@ class RecsysCLI(LightningCLI):
         config.trainer.default_root_dir = config.run_dir
         if self.subcommand == "audit":  # a logger of the run would open its files again
             config.trainer.logger = config.trainer.callbacks = None
-        config.checkpoint.dirpath = str(_checkpoint_folder(config.run_dir))
-        if config.ckpt_path in ("best", "last"):
-            config.ckpt_path = str(_checkpoint_folder(config.run_dir) / f"{config.ckpt_path}.ckpt")
-        if self.subcommand in NEED_CHECKPOINT and config.ckpt_path is None:
-            config.ckpt_path = str(_checkpoint_folder(config.run_dir) / "best.ckpt")
-        if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-            # From the command line: the parsed configuration loses its files where one holds a ${...}.
-            words = zip(self.arguments, self.arguments[1:], strict=False)
-            command = " ".join(["recsys fit", *(f"-c {path}" for flag, path in words if flag in ("-c", "--config"))])
-            raise InputError(
-                f"no checkpoint {config.ckpt_path}: train first with `{command}`, or name one with --ckpt_path"
+        config.checkpoint.dirpath = str(checkpoint_folder(config.run_dir))
+        self.automatic = config.ckpt_path == "auto"
+        if self.automatic and self.subcommand == "fit" and is_finished(config.run_dir):
+            logging.getLogger(__name__).info(
+                "%s is finished; --ckpt_path last goes on with it, another --run_dir begins anew", config.run_dir
             )
-        if config.ckpt_path is not None and not zipfile.is_zipfile(config.ckpt_path):
-            raise InputError(f"{config.ckpt_path} is no checkpoint, or is cut off; name another one with --ckpt_path")
+            raise SystemExit(0)
+        config.ckpt_path = chosen_checkpoint(self.command, config.ckpt_path, config.run_dir, self.arguments)
 
     def before_predict(self) -> None:
         """Refuse a model that recommends nothing."""
@@ -235,19 +256,22 @@ class RecsysCLI(LightningCLI):
         """Make room for a new run, now that its settings have built all they name."""
         config = self.config[self.subcommand]
         if config.ckpt_path is None and not config.trainer.fast_dev_run:
-            _move_aside(Path(config.run_dir))
+            move_aside(Path(config.run_dir))
+        if config.ckpt_path is not None and self.automatic:
+            resolved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            refuse_other_settings(config.run_dir, resolved, written_keys(self.arguments))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer with the project's defaults; `prepare` needs none."""
         config = self._get(self.config_init, "trainer")
         if config.logger in (None, True):
             # Of the other commands results.json is the record; a CSVLogger would delete the metrics.csv of the fit.
-            resumed = self._get(self.config, "ckpt_path") is not None
-            run_dir = self._get(self.config_init, "run_dir")
-            config.logger = _csv_logger(run_dir, resumed) if self.subcommand == "fit" else False
+            run_dir, checkpoint = self._get(self.config_init, "run_dir"), self._get(self.config, "ckpt_path")
+            config.logger = csv_logger(run_dir, checkpoint) if self.subcommand == "fit" else False
         callbacks = [PredictionWriter()] if self.subcommand == "predict" else []
         config.callbacks = [*(config.callbacks or []), *callbacks]
-        return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
+        config.plugins = [*_listed(config.plugins), DurableCheckpointIO()]
+        return super().instantiate_trainer(use_distributed_sampler=False, **trainer_settings(config), **kwargs)
 
     def instantiate_classes(self) -> None:
         """Instantiate what the command needs."""
@@ -264,7 +288,7 @@ class RecsysCLI(LightningCLI):
                 raise
             raise builder.refused from error
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
-        self.trainer = RecsysTrainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+        self.trainer = RecsysTrainer(logger=False, enable_checkpointing=False, accelerator="cpu", **alone())
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         if config.get("enable_checkpointing") is False:  # None, the default, means true
@@ -307,6 +331,10 @@ class RecsysCLI(LightningCLI):
         self.trainer.predict(**(kwargs | {"return_predictions": False}))
 
 
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 def run(arguments: Sequence[str]) -> RecsysCLI:
     """Parse and run one command line, the command first.
 
@@ -336,44 +364,6 @@ def run(arguments: Sequence[str]) -> RecsysCLI:
         raise InputError(line) from error
 
 
-def _checkpoint_folder(run_dir: str) -> Path:
-    return Path(run_dir) / "checkpoints"
-
-
-def _csv_logger(run_dir: str, resumed: bool) -> CSVLogger:
-    """Writes metrics.csv; a resumed run keeps the rows it has, which Lightning would delete."""
-    logger = CSVLogger(run_dir, name="", version="")
-    path = Path(run_dir) / "metrics.csv"
-    if resumed and _is_first_process() and path.is_file():
-        rows = path.read_text()
-        writer = logger.experiment  # its making deletes the file
-        path.write_text(rows)
-        writer.metrics_keys = rows.partition("\n")[0].strip().split(",")
-    return logger
-
-
-def _is_first_process() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def _move_aside(folder: Path) -> None:
-    """Rename the folder of an earlier run to the first free ``<folder>.<n>``: nothing is overwritten.
-
-    Only the first process does so; the others come later and would move the new run. A run that failed before its first
-    step has left nothing but its configuration, and is not kept.
-    """
-    if not _is_first_process():
-        return
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if "config.yaml" not in names or names == {"config.yaml"}:
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    logging.getLogger(__name__).warning("an earlier run in %s was moved to %s", folder, aside)
-
-
 class _ToStderr(logging.Handler):
     """Writes to what `sys.stderr` is at the time: a program that calls `main` may replace it between two calls."""
 
@@ -391,7 +381,10 @@ def _quiet() -> None:
     log.setLevel(logging.INFO)
     if not log.handlers:
         log.addHandler(_ToStderr())
-    for noise in ("Experiment logs directory", ".*treespec, LeafSpec", "Couldn't infer the batch indices"):
+    # The last of them is about data loaders; ours go on in the middle of an epoch by themselves.
+    noises = ("Experiment logs directory", ".*treespec, LeafSpec", "Couldn't infer the batch indices")
+    ours = ("You're resuming from a checkpoint that ended before the epoch", "The `srun` command is available")
+    for noise in (*noises, *ours):
         warnings.filterwarnings("ignore", noise)
     torch.set_float32_matmul_precision("high")
     if not torch.cuda.is_available():

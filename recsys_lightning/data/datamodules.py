@@ -80,6 +80,16 @@ class CatalogDataModule(L.LightningDataModule):
         self._data: PreparedData | None = None
         self._composed: list[str] | None = None
         self._catalog: Catalog | None = None
+        self._resumed = (0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the order of the training batches."""
+        epoch, done = _place(self.trainer) if self.trainer is not None else (0, 0)
+        return {"epoch": epoch, "done_batches": done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._resumed = state_dict["epoch"], state_dict["done_batches"]
 
     def prepare_data(self) -> None:
         """Download, read, clean, number and embed whatever is not cached yet."""
@@ -180,6 +190,9 @@ class CatalogDataModule(L.LightningDataModule):
         # PL_GLOBAL_SEED is what seed_everything has set, the same in all processes of a run.
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
         sampler = BucketSampler(lengths, batch_size, shuffle, seed, rank=_rank(), world_size=_world_size())
+        if shuffle:
+            # Now: worker processes fetch their first batches before Lightning says which epoch it is.
+            sampler.resume_at(*self._resumed)
         # The sampler yields whole batches and the dataset answers with one: nothing is collated.
         return DataLoader(
             dataset,
@@ -351,6 +364,18 @@ class _Rows(Dataset[Tensor]):
 
     def __getitem__(self, index: list[int]) -> Tensor:
         return self.rows[torch.as_tensor(index)]
+
+
+def _place(trainer: L.Trainer) -> tuple[int, int]:
+    """The epoch that a training would go on in, and how many of its batches are done."""
+    loop: Any = trainer.fit_loop  # whose types leave out these counters
+    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+    if epochs.started == epochs.processed:  # between two epochs
+        return epochs.processed, 0
+    # Within the last step of an epoch, when its batch is not completed, Lightning would begin the next one.
+    if batches.processed >= trainer.num_training_batches and batches.completed < batches.processed:
+        return epochs.processed + 1, 0
+    return epochs.processed, batches.processed
 
 
 def _rank() -> int:

@@ -188,7 +188,8 @@ class BucketSampler(Sampler[list[int]]):
 
     The order is a pure function of ``(seed, epoch)``: rows are shuffled, sorted by length within pools of
     `pool_batches` batches (a stable sort, so equal lengths stay shuffled), cut into batches, and the batches are
-    shuffled. Without `shuffle`, rows are sorted by length once, longest first.
+    shuffled. So a training may go on within an epoch (`resume_at`). Without `shuffle`, rows are sorted by length once,
+    longest first.
 
     Ranks share out whole rows of each global batch, ``rank::world_size``, and no row is dropped or repeated. The last
     global batch goes short; were it too short for every rank to have a row, it is joined to the one before, whose ranks
@@ -229,6 +230,12 @@ class BucketSampler(Sampler[list[int]]):
         self.lengths, self.batch_size, self.shuffle, self.seed = lengths, batch_size, shuffle, seed
         self.pool_batches, self.rank, self.world_size = pool_batches, rank, world_size
         self.epoch = 0
+        self._resumed_epoch, self._done_batches = -1, 0
+
+    def resume_at(self, epoch: int, done_batches: int) -> None:
+        """Go on in `epoch`, of which so many batches are done: in that one epoch they are left out."""
+        self.epoch = self._resumed_epoch = epoch
+        self._done_batches = done_batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of `epoch`; Lightning calls this before each."""
@@ -256,5 +263,6 @@ class BucketSampler(Sampler[list[int]]):
             bounds = [bounds[i] for i in rng.permutation(len(bounds))]
         else:
             order = np.argsort(-self.lengths, kind="stable")
-        for begin, end in bounds:
+        done = self._done_batches if self.epoch == self._resumed_epoch else 0
+        for begin, end in bounds[done:]:
             yield order[begin:end][self.rank :: self.world_size].tolist()
