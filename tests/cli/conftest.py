@@ -160,6 +160,7 @@ def trained(trained_once: Path, tmp_path: Path) -> Path:
         (folder / name).write_text(text.replace(str(trained_once / "rqvae"), str(folder / "rqvae")))
         saved = folder / run / "config.yaml"
         saved.write_text(saved.read_text().replace(str(trained_once / run), str(folder / run)))
+        saved.write_text(saved.read_text().replace(str(trained_once / "rqvae"), str(folder / "rqvae")))
     return folder
 
 
