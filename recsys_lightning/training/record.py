@@ -18,7 +18,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 import recsys_lightning
@@ -29,6 +28,16 @@ from recsys_lightning.training.codebook_health import codebook_report
 from recsys_lightning.training.evaluation import RankTable
 from recsys_lightning.training.recommender import RecommenderModule
 from recsys_lightning.training.tokenizer import TokenizerModule
+from recsys_lightning.training.wandb_logger import WandbRunLogger  # noqa: F401 - for its short name in configurations
+from recsys_lightning.training.wandb_record import (
+    describe_run,
+    log_best,
+    log_recommendations,
+    mark_preempted,
+    model_class,
+    summarize,
+    tags_of,
+)
 
 
 class RunRecord(SaveConfigCallback):
@@ -61,32 +70,58 @@ class RunRecord(SaveConfigCallback):
         name = self.config_filename if command == "fit" else f"config-{command}.yaml"
         with replacing(self.folder / name) as file:
             file.write(yaml.safe_dump(self.config_values, sort_keys=False).encode())
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(self.config_values, allow_val_change=True)
+        tags = tags_of(_data(trainer).get("source"), model_class(self.config_values), self.code["commit"])
+        describe_run(trainer, command, self.config_values, tags)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that goes on has to know: its best validation so far, and what it has cost."""
+        return {
+            "validated": self.validated,
+            "seconds": time.perf_counter() - self.started,
+            "cpu_seconds": time.process_time() - self.cpu_started,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; the ranks of that validation lie in the folder of the run."""
+        self.validated = dict(state_dict["validated"])
+        self.started -= state_dict["seconds"]
+        self.cpu_started -= state_dict["cpu_seconds"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the validation metrics of the best epoch, and while nothing says which is best, of the last."""
         if trainer.sanity_checking:
             return
         metrics = _metrics(trainer, "val")
+        log_best(trainer, metrics)
         monitor = trainer.checkpoint_callback
         if isinstance(monitor, ModelCheckpoint) and monitor.monitor in self.validated and monitor.monitor in metrics:
             better = metrics[monitor.monitor] - self.validated[monitor.monitor]
             if (better if monitor.mode == "max" else -better) <= 0:
                 return
         self.validated, self.ranks = metrics, _ranks(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:  # now: a later process may not see this validation
+            self._write_ranks(trainer, "val")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the fit."""
         self._write(trainer, pl_module, "fit", self.validated)
-        self._write_ranks(trainer, "val")
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Show W&B, where it is asked for, what a few users are recommended."""
+        if batch_idx == 0:
+            log_recommendations(trainer, pl_module, batch)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the test."""
         self.ranks = _ranks(pl_module)
         self._write(trainer, pl_module, "test", _metrics(trainer, "test"))
         self._write_ranks(trainer, "test")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Say in W&B that the run was interrupted, if it was."""
+        mark_preempted(trainer, exception)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Record `recsys validate`, for which there is no hook of its own."""
@@ -127,6 +162,7 @@ class RunRecord(SaveConfigCallback):
             results["semantic_ids"] = _semantic_ids(module.written)
         with replacing(path) as file:
             file.write(json.dumps(results, indent=1).encode())
+        summarize(trainer, command, results)
 
     def _write_ranks(self, trainer: L.Trainer, stage: str) -> None:
         if self.ranks is None or not trainer.is_global_zero:

@@ -367,3 +367,16 @@ def test_a_program_may_call_main_again_and_again(trained, recsys):
         outcome = recsys("fit", "-c", trained / "cobra.yaml")
         assert "was moved to" in outcome.err
     assert main([]) == 0
+
+
+def test_a_logger_file_leaves_the_training_log_alone_too(trained, recsys):
+    experiment, log = ["-c", trained / "cobra.yaml"], trained / "cobra" / "metrics.csv"
+    csv = [{"class_path": "CSVLogger", "init_args": {"save_dir": "${run_dir}", "name": "", "version": ""}}]
+    logger = trained / "logger.yaml"
+    logger.write_text(yaml.safe_dump({"trainer": {"logger": csv}}))
+    before = log.read_text()
+    assert recsys("test", *experiment, "-c", logger).status == 0
+    assert log.read_text() == before, "a test would begin the file anew"
+    resumed = recsys("fit", *experiment, "-c", logger, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert resumed.status == 0, resumed.err
+    assert len(log.read_text().splitlines()) > len(before.splitlines()) > 2, "a training that goes on keeps its rows"
