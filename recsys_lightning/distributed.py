@@ -1,11 +1,12 @@
 """What the processes of one run tell each other, in plain `torch.distributed`; a single process talks to nobody."""
 
 import math
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -16,6 +17,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Which process of its node this is, from 0, by what torchrun, the Trainer or srun has told it."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def gather_rows(x: Tensor, gradient: bool = False) -> Tensor:
@@ -51,8 +57,30 @@ def row_weight(count: int, device: torch.device) -> float | Tensor:
     """
     if world_size() == 1:
         return 1.0
-    total = gather_rows(torch.tensor([count], device=device)).sum()
-    return count * world_size() / total.clamp_min(1)
+    return count * world_size() / sum_over_processes(torch.tensor(float(count), device=device)).clamp_min(1)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of what each process gives, of one shape and type, on the device of `x` and without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().to(_meeting_device(x.device), copy=True).contiguous()
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def copy_first_state(module: nn.Module) -> None:
+    """Give a module on every process the state that it has on the first: all that is in its `state_dict`.
+
+    Call it on every process. What is learned by each of them from the same data may differ by rounding, or by more
+    where their processors differ.
+    """
+    if world_size() == 1:
+        return
+    mine = module.state_dict() if rank() == 0 else {}
+    state = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in mine.items()}]
+    dist.broadcast_object_list(state, src=0)
+    module.load_state_dict(state[0])
 
 
 class _GatherRows(torch.autograd.Function):

@@ -5,7 +5,31 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from recsys_lightning.distributed import gather_rows, rank, row_weight, world_size
+from recsys_lightning.distributed import (
+    copy_first_state,
+    gather_rows,
+    local_rank,
+    rank,
+    row_weight,
+    sum_over_processes,
+    world_size,
+)
+
+
+class Learned(torch.nn.Module):
+    """A module whose whole state is a number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(float(number)))
+        self.register_buffer("count", torch.tensor(number))
+        self.note = f"of {number}"
+
+    def get_extra_state(self):
+        return {"note": self.note}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
 
 
 def process(number, world, folder):
@@ -33,6 +57,11 @@ def process(number, world, folder):
     share = row_weight((3, 0, 1)[number], torch.device("cpu"))
     mine = share * torch.tensor([(5.0, 0.0, 9.0)[number]])
     assert gather_rows(mine).mean().item() == pytest.approx(6.0)
+    assert sum_over_processes(torch.tensor([1.0, number], requires_grad=True)).tolist() == [3, 3]
+    # Each process has learned something of its own, extra state too: all have the first one's afterwards.
+    learned = Learned(number)
+    copy_first_state(learned)
+    assert (learned.weight.item(), learned.count.item(), learned.note) == (0, 0, "of 0")
     for other in (
         torch.zeros(2, 3 if number else 4),
         torch.zeros(2, 3, dtype=torch.int32 if number else torch.float32),
@@ -52,3 +81,17 @@ def test_a_single_process_is_rank_0_of_1_and_keeps_its_rows():
     assert gather_rows(x) is x
     assert gather_rows(x, gradient=True) is x
     assert row_weight(7, x.device) == 1
+    assert torch.equal(sum_over_processes(x), x)
+    module = Learned(3)
+    copy_first_state(module)
+    assert module.weight.item() == 3
+
+
+def test_the_place_on_a_node_is_what_the_launcher_says(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert local_rank() == 0
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert local_rank() == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")  # torchrun, started by srun
+    assert local_rank() == 1

@@ -122,7 +122,7 @@ def csv_logger(run_dir: str, checkpoint: str | None) -> CSVLogger:
 
 def is_first_process() -> bool:
     """Whether this is the process that writes, as far as launchers say before processes have met."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def move_aside(folder: Path) -> None:

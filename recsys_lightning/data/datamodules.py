@@ -9,7 +9,6 @@ from typing import Any, Literal, Self, TypeVar
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,10 +17,12 @@ from recsys_lightning.data.encoders import TextEncoder
 from recsys_lightning.data.interactions import IntArray, Interactions
 from recsys_lightning.data.prepared import PreparedData, prepare
 from recsys_lightning.data.sequences import BucketSampler, SequenceBatch, SequenceDataset, Stage
+from recsys_lightning.data.shared_text import embed_together, embed_unless_shared
 from recsys_lightning.data.sources import Source
 from recsys_lightning.data.splits import LEAVE_ONE_OUT, Split, Splitter, draw_cold, training_part
 from recsys_lightning.data.text import compose_texts, embed_texts, find_embeddings
 from recsys_lightning.data.users import encode_users
+from recsys_lightning.distributed import rank, world_size
 from recsys_lightning.errors import InputError
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ TEMPLATE = ("{title}", "Brand: {brand}", "Categories: {categories}", "Price: {pr
 class CatalogDataModule(L.LightningDataModule):
     """The part every data module shares: build the data set and its item embeddings once, then read them.
 
-    `prepare_data` runs on one process of a machine and does all the work; `setup` only opens what it left.
+    `prepare_data` runs on one process of a machine and does all the work, but for item texts that several processes can
+    share out: `setup`, which runs on all, has them encoded, and otherwise only opens what is there.
 
     Args:
         source: where the interactions come from: `Amazon2014`, `Tabular` or `Synthetic`.
@@ -92,10 +94,11 @@ class CatalogDataModule(L.LightningDataModule):
         self._resumed = state_dict["epoch"], state_dict["done_batches"]
 
     def prepare_data(self) -> None:
-        """Download, read, clean, number and embed whatever is not cached yet."""
+        """Download, read, clean and number whatever is not cached yet; embed it too, where this is the only process."""
         self._prepared()
         if self.encoder is not None:
-            embed_texts(self._texts(), self.encoder, self.cache_dir)
+            embed = embed_texts if world_size() == 1 else embed_unless_shared
+            embed(self._texts(), self.encoder, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared data."""
@@ -104,7 +107,8 @@ class CatalogDataModule(L.LightningDataModule):
         data = self._prepared()
         text = None
         if self.encoder is not None:
-            text = find_embeddings(self._texts(), self.encoder, self.cache_dir)
+            find = find_embeddings if world_size() == 1 else embed_together
+            text = find(self._texts(), self.encoder, self.cache_dir)
             if text is None:
                 raise InputError(f"no item embeddings in {self.cache_dir}: run `recsys prepare` on this machine first")
         num_items = data.interactions.num_items
@@ -189,7 +193,7 @@ class CatalogDataModule(L.LightningDataModule):
         """This process's batches of a data set whose rows have such lengths."""
         # PL_GLOBAL_SEED is what seed_everything has set, the same in all processes of a run.
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        sampler = BucketSampler(lengths, batch_size, shuffle, seed, rank=_rank(), world_size=_world_size())
+        sampler = BucketSampler(lengths, batch_size, shuffle, seed, rank=rank(), world_size=world_size())
         if shuffle:
             # Now: worker processes fetch their first batches before Lightning says which epoch it is.
             sampler.resume_at(*self._resumed)
@@ -376,11 +380,3 @@ def _place(trainer: L.Trainer) -> tuple[int, int]:
     if batches.processed >= trainer.num_training_batches and batches.completed < batches.processed:
         return epochs.processed + 1, 0
     return epochs.processed, batches.processed
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

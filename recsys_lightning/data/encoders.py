@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,19 @@ class TextEncoder(ABC):
         """Give back what ``encode`` keeps in memory."""
 
 
-class SentenceTransformerEncoder(TextEncoder):
+class BatchedEncoder(TextEncoder):
+    """An encoder that takes texts batch by batch, each of them by itself: several processes can share them out."""
+
+    @abstractmethod
+    def batches(self, texts: list[str]) -> list[list[int]]:
+        """The places in ``texts`` of what is encoded at once: every place in one batch, largest batch first."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> Vectors:
+        """Vectors of one batch of texts, (B, D) float32, in their order."""
+
+
+class SentenceTransformerEncoder(BatchedEncoder):
     """A sentence-transformers model, from a local folder or from the Hugging Face hub.
 
     An item without text is encoded as the empty string, like any other. ``batch_size`` and ``device`` are no part of
@@ -65,7 +77,7 @@ class SentenceTransformerEncoder(TextEncoder):
         model: Local folder or hub name. Sentence-T5 base, 768 wide, is the usual choice in the semantic ID literature.
         revision: Commit, tag or branch of a hub model; ``None`` is its main branch, which may move. A folder has none.
         batch_size: Texts a forward pass.
-        device: Where to run, such as ``cuda``; ``None`` takes the GPU if there is one.
+        device: Where to run, such as ``cuda``; ``None`` takes the GPU if there is one, each process of a run its own.
         max_tokens: Texts are cut after so many tokens; ``None`` keeps the model's own limit.
         normalize: Scale every vector to unit length.
         offline_fallback: What to use instead when the hub cannot be reached; ``None`` makes that an error.
@@ -164,31 +176,42 @@ class SentenceTransformerEncoder(TextEncoder):
         Raises:
             InputError: As ``load``, or the model gives NaN or infinite values.
         """
-        self.load()
+        batches = self.batches(texts)
+        if not batches:
+            raise InputError(f"text model {self.model!r} was given no texts")
+        parts: list[Vectors] = []
+        with progress("Encoding item texts", len(texts)) as advance:
+            for batch in batches:
+                parts.append(self.encode_batch([texts[place] for place in batch]))
+                advance(len(batch))
+        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)  # (N, D)
+        vectors[[place for batch in batches for place in batch]] = np.concatenate(parts)
+        check_finite(vectors, texts, self.model)
+        return vectors
+
+    def batches(self, texts: list[str]) -> list[list[int]]:
+        """Longest first, so that a batch holds texts of one length and memory runs out at once or never."""
         empty = sum(not text for text in texts)
         if empty:
             _log.info("text model %s: %d of %d texts are empty", self.model, empty, len(texts))
-        # Longest first, so that a batch holds texts of one length and memory runs out at once or never.
-        order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-        parts: list[Vectors] = []
-        with _progress("Encoding item texts", len(texts)) as advance:
-            for start in range(0, len(order), self.batch_size):
-                batch = [texts[row] for row in order[start : start + self.batch_size]]
-                part = self._loaded.encode(
-                    batch,
-                    batch_size=self.batch_size,
-                    normalize_embeddings=self.normalize,
-                    convert_to_numpy=True,
-                    show_progress_bar=False,
-                )
-                parts.append(np.asarray(part, dtype=np.float32))
-                advance(len(batch))
-        if not parts:
-            raise InputError(f"text model {self.model!r} was given no texts")
-        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)  # (N, D)
-        vectors[order] = np.concatenate(parts)
-        check_finite(vectors, texts, self.model)
-        return vectors
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def encode_batch(self, texts: list[str]) -> Vectors:
+        """Vectors of up to ``batch_size`` texts, (B, D) float32.
+
+        Raises:
+            InputError: As ``load``.
+        """
+        self.load()
+        vectors = self._loaded.encode(
+            texts,
+            batch_size=self.batch_size,
+            normalize_embeddings=self.normalize,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return np.asarray(vectors, dtype=np.float32)
 
     def _folder(self) -> Path | None:
         """The local folder that ``model`` names, None for a hub name.
@@ -228,12 +251,20 @@ class SentenceTransformerEncoder(TextEncoder):
         if self.revision is not None:
             _log.info("text model %s is a local folder: revision %s is not used", folder, self.revision)
         try:
-            return _sentence_transformer(str(folder), None, self.device, local_files_only=True)
+            return _sentence_transformer(str(folder), None, self._device(), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"text model folder {folder} cannot be loaded ({first_line(error)}); "
                 "give a folder written by SentenceTransformer.save or transformers' save_pretrained"
             ) from error
+
+    def _device(self) -> str | None:
+        """Where to run; sentence-transformers would take GPU 0 for processes that srun has started on a second node."""
+        import torch
+
+        if self.device is None and torch.cuda.is_available():
+            return f"cuda:{torch.cuda.current_device()}"
+        return self.device
 
     def _load_from_hub(self) -> Any:
         from huggingface_hub import HfApi, try_to_load_from_cache
@@ -244,12 +275,12 @@ class SentenceTransformerEncoder(TextEncoder):
             # Without modules.json a cached model would load as its bare transformer and give other vectors in silence.
             if try_to_load_from_cache(name, "modules.json", revision=self.revision) is not None:
                 try:
-                    return _sentence_transformer(name, self.revision, self.device, local_files_only=True)
+                    return _sentence_transformer(name, self.revision, self._device(), local_files_only=True)
                 except (OSError, ValueError) as error:
                     _log.info("cached text model %s is not complete (%s); asking the hub", name, first_line(error))
             # One short question first: left alone, a download retries each file for over a minute without a network.
             HfApi().model_info(name, revision=self.revision, timeout=HUB_TIMEOUT_SECONDS)
-            return _sentence_transformer(name, self.revision, self.device, local_files_only=False)
+            return _sentence_transformer(name, self.revision, self._device(), local_files_only=False)
         except HFValidationError:
             raise InputError(
                 f"text model {self.model!r} is neither a local folder nor a hub name (owner/name)"
@@ -319,7 +350,7 @@ class TfidfSVD(TextEncoder):
             max_features=self.max_features,
             dtype=np.float32,
         )
-        with _progress("Encoding item texts (TF-IDF, SVD)", 2) as advance:
+        with progress("Encoding item texts (TF-IDF, SVD)", 2) as advance:
             try:
                 counts = vectorizer.fit_transform(texts)  # (N, words)
             except ValueError as error:
@@ -405,22 +436,28 @@ def _sentence_transformer(name: str, revision: str | None, device: str | None, l
             transformers_logging.enable_progress_bar()
 
 
-def check_finite(vectors: Vectors, texts: list[str], model: str) -> None:
+def check_finite(vectors: Vectors, texts: list[str], model: str, places: Sequence[int] | None = None) -> None:
     """Refuse (N, D) vectors that are not all finite.
 
+    Args:
+        vectors: of the texts.
+        texts: in the order of the vectors.
+        model: who has made them.
+        places: of these texts among those of all items; None where they are all.
+
     Raises:
-        InputError: it names the first item; text ``i - 1`` is of item ``i``.
+        InputError: it names the first item; the text at place ``i - 1`` is of item ``i``.
     """
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise InputError(
             f"text encoder {model} gives NaN or infinite vectors for {len(bad)} of {len(texts)} texts, first for item "
-            f"{bad[0] + 1} ({texts[bad[0]][:60]!r}); use another model"
+            f"{(bad[0] if places is None else places[bad[0]]) + 1} ({texts[bad[0]][:60]!r}); use another model"
         )
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; nothing stays of it, and nothing shows where there is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -8,9 +8,11 @@ import json
 import logging
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
@@ -179,6 +181,11 @@ def find_embeddings(texts: list[str], encoder: TextEncoder, cache_dir: Path) -> 
     return None
 
 
+def cached(texts: list[str], encoder: TextEncoder, cache_dir: Path) -> ItemEmbeddings | None:
+    """Cached vectors of the item texts by this encoder and no other, or None; computes and loads nothing."""
+    return _load(texts, encoder, cache_dir)
+
+
 def _fingerprint(texts: list[str], identity: str) -> str:
     digest = hashlib.sha256(f"item text vectors {FORMAT_VERSION}\n".encode())
     for part in (identity, *texts):
@@ -217,25 +224,43 @@ def _load(texts: list[str], encoder: TextEncoder, cache_dir: Path) -> ItemEmbedd
 
 
 def _save(rows: Vectors, texts: list[str], encoder: TextEncoder, cache_dir: Path) -> None:
-    """Write the (I, D) rows below a zero row 0; the ``.json`` comes last and makes the ``.npy`` count."""
+    """Write the (I, D) rows below a zero row 0."""
+    vectors = np.zeros((len(rows) + 1, rows.shape[1]), dtype=np.float32)  # (I+1, D)
+    vectors[1:] = rows
+    with saving(texts, encoder, cache_dir, rows.shape[1]) as file:
+        np.save(file, vectors, allow_pickle=False)
+
+
+@contextmanager
+def saving(texts: list[str], encoder: TextEncoder, cache_dir: Path, dim: int) -> Iterator[BinaryIO]:
+    """The ``.npy`` file of the vectors, to be written; it counts once the block has ended.
+
+    Args:
+        texts: of all items.
+        encoder: who has encoded them.
+        cache_dir: folder of the files; made if need be.
+        dim: width of the vectors.
+
+    Raises:
+        InputError: it cannot be written; nothing is left behind.
+    """
     identity = encoder.identity
     fingerprint = _fingerprint(texts, identity)
     vectors_file, about_file = _files(fingerprint, cache_dir)
-    vectors = np.zeros((len(rows) + 1, rows.shape[1]), dtype=np.float32)  # (I+1, D)
-    vectors[1:] = rows
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with replacing(vectors_file) as file:
-            np.save(file, vectors, allow_pickle=False)
+            yield file
         about = {
             "format": FORMAT_VERSION,
             "fingerprint": fingerprint,
             "encoder": identity,
-            "num_items": len(rows),
+            "num_items": len(texts),
             "num_empty": sum(not text.strip() for text in texts),
-            "dim": int(rows.shape[1]),
+            "dim": dim,
             "bytes": vectors_file.stat().st_size,
         }
+        # It comes last and makes the other file count.
         with replacing(about_file) as file:
             file.write(json.dumps(about, indent=2).encode())
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_lightning.distributed import row_weight
 from recsys_lightning.errors import InputError
 from recsys_lightning.nn.mlp import MLP
 from recsys_lightning.nn.quantize import ResidualQuantizer, residual_last_distances
@@ -133,11 +134,15 @@ class RQVAE(ItemTokenizer):
         return self
 
     def losses(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """Weighted loss terms of embeddings (B, D): `reconstruction` and `quantization`, each ()."""
+        """Weighted loss terms of embeddings (B, D): `reconstruction` and `quantization`, each ().
+
+        On several processes the mean over them is the loss of all their rows.
+        """
         x = self.target(embeddings)  # (B, D)
         quantized = self.quantizer(self.encoder(x))
         error = (self.decoder(quantized.vectors) - x).square().sum(-1).mean()  # ()
-        return {"reconstruction": self.reconstruction_weight * error, "quantization": quantized.loss}
+        share = row_weight(len(x), x.device)
+        return {"reconstruction": share * self.reconstruction_weight * error, "quantization": share * quantized.loss}
 
     @torch.no_grad()
     def encode(self, embeddings: Tensor) -> Tensor:

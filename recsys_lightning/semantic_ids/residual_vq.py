@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_lightning.distributed import row_weight
 from recsys_lightning.nn.quantize import ResidualQuantizer, residual_last_distances
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, check_embeddings
 
@@ -86,9 +87,10 @@ class ResidualVQ(ItemTokenizer):
     def losses(self, embeddings: Tensor) -> dict[str, Tensor]:
         """The weighted term `quantization` (), of embeddings (B, D); with moving averages `{}`.
 
-        In training mode codebook statistics are updated, and with moving averages the codebooks themselves.
+        In training mode codebook statistics are updated, and with moving averages the codebooks themselves. On several
+        processes the mean over them is the loss of all their rows.
         """
-        loss = self.quantizer(self.target(embeddings)).loss
+        loss = row_weight(len(embeddings), embeddings.device) * self.quantizer(self.target(embeddings)).loss
         return {"quantization": loss} if self.quantizer.codebook_update == "gradient" else {}
 
     @torch.no_grad()

@@ -19,9 +19,11 @@ import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 import recsys_lightning
 from recsys_lightning.data.datamodules import CatalogDataModule, SequenceDataModule
+from recsys_lightning.distributed import gather_rows
 from recsys_lightning.files import replacing
 from recsys_lightning.semantic_ids.collisions import Resolved
 from recsys_lightning.training.codebook_health import codebook_report
@@ -177,13 +179,13 @@ class RunRecord(SaveConfigCallback):
 class PredictionWriter(BasePredictionWriter):
     """Writes the lists of `recsys predict` to ``predictions.parquet``: raw user and item ids, rank and score.
 
-    One row a recommendation; items the user has met are left out. On several processes each writes its own users to
-    ``predictions-<rank>.parquet``.
+    One row a recommendation, by user and rank; items the user has met are left out. Of several processes the first
+    writes the users of all.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
-        self.parts: list[pl.DataFrame] = []
+        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # users, ranks, items and scores of a batch
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *_: Any, **__: Any
@@ -192,24 +194,24 @@ class PredictionWriter(BasePredictionWriter):
         if not isinstance(pl_module, RecommenderModule):
             return
         users, lists = prediction
+        items = lists.item_ids.cpu().flatten()
         rows, width = lists.item_ids.shape
-        self.parts.append(
-            pl.DataFrame(
-                {
-                    "user": users.cpu().repeat_interleave(width).numpy(),
-                    "rank": torch.arange(1, width + 1).repeat(rows).numpy(),
-                    "item": lists.item_ids.cpu().flatten().numpy(),
-                    "score": lists.scores.float().cpu().flatten().numpy(),
-                }
-            ).filter(pl.col("item") > 0)
-        )
+        ranks = torch.arange(1, width + 1).repeat(rows)
+        columns = (users.cpu().repeat_interleave(width), ranks, items, lists.scores.float().cpu().flatten())
+        user, rank, item, score = (column[items > 0] for column in columns)
+        self.parts.append((user, rank, item, score))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
+        columns = [gather_rows(torch.cat(part)) for part in zip(*self.parts, strict=True)]
+        if not trainer.is_global_zero:
+            return
+        names = ("user", "rank", "item", "score")
+        table = pl.DataFrame({name: column.numpy() for name, column in zip(names, columns, strict=True)})
         data = trainer.datamodule  # type: ignore[attr-defined]
-        name = "predictions.parquet" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.parquet"
-        table = _with_raw_ids(pl.concat(self.parts), data).select("user_id", "rank", "item_id", "score")
-        table.write_parquet(Path(trainer.default_root_dir) / name)
+        table = _with_raw_ids(table.sort("user", "rank"), data).select("user_id", "rank", "item_id", "score")
+        with replacing(Path(trainer.default_root_dir) / "predictions.parquet") as file:
+            table.write_parquet(file)
 
 
 def code_fingerprint() -> dict[str, str | None]:
@@ -285,6 +287,7 @@ def _hardware(trainer: L.Trainer) -> dict[str, Any]:
     return {
         "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
         "devices": trainer.num_devices * trainer.num_nodes,
+        "nodes": trainer.num_nodes,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": platform.processor() or platform.machine(),
         "cpu_cores": os.cpu_count(),

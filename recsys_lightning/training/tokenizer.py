@@ -13,12 +13,13 @@ from torch import Tensor
 
 from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.datamodules import CatalogDataModule
+from recsys_lightning.distributed import copy_first_state
 from recsys_lightning.errors import InputError
 from recsys_lightning.semantic_ids.collisions import Policy, Resolved, resolve
 from recsys_lightning.semantic_ids.health import describe, reconstruction_error, usage_metrics
 from recsys_lightning.semantic_ids.table import SemanticIds
 from recsys_lightning.semantic_ids.tokenizer import ItemTokenizer, rebuilt, tokenize
-from recsys_lightning.training.objective import log_losses
+from recsys_lightning.training.objective import global_means, log_losses
 from recsys_lightning.training.optimizers import Schedule, build_optimizer, check_warmup
 
 _log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class TokenizerModule(L.LightningModule):
             warm = self._warm_items
             embeddings = self._catalog.text_embeddings()[warm].to(self.device)
             self.built.fit(embeddings, self._catalog.fields[(warm - 1).numpy()])
+            copy_first_state(self.built)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """The sum of the tokenizer's losses; each is logged by name, and so is the sum."""
@@ -159,8 +161,9 @@ class TokenizerModule(L.LightningModule):
         self._has_losses = bool(losses)
         if losses:
             losses["loss"] = torch.stack(list(losses.values())).sum()
-            values = {f"{stage}/{name}": value for name, value in losses.items()}
-            self.log_dict(values, batch_size=len(batch), sync_dist=True)
+            values, num_rows = global_means(losses, len(batch))
+            named = {f"{stage}/{name}": value for name, value in values.items()}
+            self.log_dict(named, batch_size=num_rows, sync_dist=True)
 
     def _log_table(self, table: SemanticIds, items: Tensor, stage: str) -> None:
         """Log the use of the codes of some items, by id, and what they lose; the loss too, where there is no other."""

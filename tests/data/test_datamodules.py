@@ -114,12 +114,13 @@ def test_processes_share_the_rows_of_one_order(cache, monkeypatch, world_size, k
     encoder = TfidfSVD(dim=4)
     single = ready(cache, kind, encoder=encoder, batch_size=8 * world_size)
     alone = [plain(batch) for batch in single.train_dataloader()]
+    shared_out = ready(cache, kind, encoder=encoder, batch_size=8)  # before the others come, who would exchange texts
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world_size)
     shares = []
     for rank in range(world_size):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        shares.append(list(ready(cache, kind, encoder=encoder, batch_size=8).train_dataloader()))
+        shares.append(list(shared_out.train_dataloader()))
     assert {len(share) for share in shares} == {len(alone)}
     for whole, *parts in zip(alone, *shares, strict=True):
         # Rank r has the rows r, r + world_size, ... of the batch that one process of world_size times the size has.

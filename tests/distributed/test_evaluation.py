@@ -40,7 +40,7 @@ def experiment(folder: Path) -> dict:
                 "evaluation": {"ks": [1, 5, 10]},
             },
         },
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
     }
 
 
@@ -54,21 +54,32 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "one"
 
 
-@pytest.mark.parametrize(
-    ("processes", "settings"),
-    [(2, []), (3, ["--model.evaluation.index.sharded", "true"])],
-    ids=["2 processes", "3 processes, each with a shard of the items"],
-)
-def test_metrics_and_ranks_are_those_of_one_process(one, processes, settings):
-    several = one.with_name(f"several{processes}")
-    shutil.copytree(one, several)
-    (several / "ranks-test.parquet").unlink()
-    command = [sys.executable, "-m", "recsys_lightning", "test", "-c", str(one.parent / "experiment.yaml")]
-    command += [f"--run_dir={several}", f"--trainer.devices={processes}", "--trainer.strategy=ddp", *settings]
-    # As on a clean shell: no variables of another launcher, one thread a process.
+def in_a_clean_shell(command: list[str]) -> None:
+    """Run it without variables of another launcher, with one thread a process."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "SLURM", "LOCAL_"))}
     done = subprocess.run(command, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("processes", "launcher", "settings"),
+    [
+        (2, [], ["--trainer.devices=2", "--trainer.strategy=ddp"]),
+        (
+            3,
+            ["torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"],
+            ["--model.evaluation.index.sharded", "true"],
+        ),
+    ],
+    ids=["2 processes", "3 processes by torchrun, each with a shard of the items"],
+)
+def test_metrics_and_ranks_are_those_of_one_process(one, processes, launcher, settings):
+    several = one.with_name(f"several{processes}")
+    shutil.copytree(one, several)
+    (several / "ranks-test.parquet").unlink()
+    command = [sys.executable, "-m", *launcher, "recsys_lightning", "test", "-c", str(one.parent / "experiment.yaml")]
+    command += [f"--run_dir={several}", *settings]
+    in_a_clean_shell(command)
 
     expected, found = (json.loads((run / "results.json").read_text()) for run in (one, several))
     assert found["hardware"]["devices"] == processes
@@ -77,3 +88,14 @@ def test_metrics_and_ranks_are_those_of_one_process(one, processes, settings):
     for name, value in expected["metrics"].items():
         assert found["metrics"][name] == pytest.approx(value, abs=1e-6), name
     assert_frame_equal(pl.read_parquet(several / "ranks-test.parquet"), pl.read_parquet(one / "ranks-test.parquet"))
+
+
+def test_recommendations_of_two_processes_are_one_file_and_those_of_one(one):
+    several, experiment = one.with_name("predicted"), str(one.parent / "experiment.yaml")
+    shutil.copytree(one, several)
+    assert main(["predict", "-c", experiment]) == 0
+    command = [sys.executable, "-m", "recsys_lightning", "predict", "-c", experiment, f"--run_dir={several}"]
+    in_a_clean_shell([*command, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    expected, found = (pl.read_parquet(run / "predictions.parquet") for run in (one, several))
+    assert found["user_id"].n_unique() == USERS
+    assert_frame_equal(found, expected)

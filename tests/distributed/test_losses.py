@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -15,11 +16,13 @@ from recsys_lightning.data.catalog import Catalog
 from recsys_lightning.data.sequences import SequenceBatch
 from recsys_lightning.data.text import ItemEmbeddings
 from recsys_lightning.models.cobra import COBRA, CobraDecoder, CobraObjective, CobraTokens
+from recsys_lightning.models.rqvae import RQVAE, RQVAEEstimator
 from recsys_lightning.models.sasrec import SASRec
 from recsys_lightning.models.sparc import SPARC, SparcCodebooks, SparcObjective, SparcSearch
 from recsys_lightning.models.two_tower import PairObjective, TwoTower, UserSettings
 from recsys_lightning.nn.item_encoders import EmbeddingItemEncoder, IdItemEncoder, TextItemEncoder
 from recsys_lightning.nn.item_tower import FeatureItemEncoder
+from recsys_lightning.semantic_ids.residual_vq import ResidualVQ
 from recsys_lightning.semantic_ids.table import SemanticIds
 
 ITEMS = 25
@@ -47,6 +50,15 @@ MODELS = {
     },
     "SPARC, warm-up": {"codebooks": {"warmup_steps": 9}, "objective": {"search_weight": 1.0}},
     "SPARC-Static": {"codebooks": {"joint": False}},
+}
+# Tokenizers, by what they are made of; their rows are shared out 3 to 2, or 2 to 2 to 1.
+TOKENIZERS = {
+    "RQVAE": partial(RQVAE, hidden=(8,), latent_dim=4, dead_code_threshold=0.0),
+    "RQVAE, rotation": partial(RQVAE, hidden=(8,), latent_dim=4, dead_code_threshold=0.0, estimator="rotation"),
+    "RQVAE, by gradient": partial(
+        RQVAE, hidden=(8,), latent_dim=4, dead_code_threshold=0.0, codebook_update="gradient"
+    ),
+    "ResidualVQ": partial(ResidualVQ, dead_code_threshold=0.0),
 }
 
 
@@ -121,6 +133,33 @@ def two_steps(model, batch):
     return {name: term.detach() for name, term in terms.items()}, grads
 
 
+def build_tokenizer(name, seed=0):
+    """One with codebooks from k-means; with another seed, of other rows."""
+    torch.manual_seed(0)
+    tokenizer = TOKENIZERS[name](6, num_levels=2, num_codes=4, seed=seed)
+    return tokenizer.fit(torch.randn(20, 6, generator=torch.Generator().manual_seed(seed)))
+
+
+def rows_to_learn():
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def check_tokenizers(number, world, folder):
+    for name in TOKENIZERS:
+        # Each process finds codebooks of its own, and all must take the first one's.
+        tokenizer, expected = build_tokenizer(name, seed=number), torch.load(f"{folder}/{name}.pt")
+        terms, grads = two_steps(tokenizer, rows_to_learn()[number::world])
+        for tensor in (*terms.values(), *grads.values()):
+            dist.all_reduce(tensor)
+            tensor /= world
+        for found, wanted in (
+            (terms, expected["terms"]), (grads, expected["grads"]), (tokenizer.state_dict(), expected["state"])
+        ):  # fmt: skip
+            assert found.keys() == wanted.keys()
+            for key in found:
+                assert torch.allclose(found[key], wanted[key], atol=1e-6, rtol=1e-4), f"{name}: {key}"
+
+
 def process(number, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=world)
     for name, settings in MODELS.items():
@@ -141,6 +180,7 @@ def process(number, world, folder):
         if model.quantizer is not None:
             for key, value in model.state_dict().items():
                 assert torch.allclose(value, expected["state"][key], atol=1e-6), f"{name}: {key}"
+    check_tokenizers(number, world, folder)
     dist.destroy_process_group()
 
 
@@ -152,4 +192,26 @@ def test_losses_and_gradients_are_those_of_one_process_with_the_whole_batch(tmp_
         terms, grads = two_steps(model, whole_batch())
         assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
         torch.save({"terms": terms, "grads": grads, "state": model.state_dict()}, tmp_path / f"{name}.pt")
+    for name in TOKENIZERS:
+        tokenizer = build_tokenizer(name)
+        terms, grads = two_steps(tokenizer, rows_to_learn())
+        torch.save({"terms": terms, "grads": grads, "state": tokenizer.state_dict()}, tmp_path / f"{name}.pt")
     mp.spawn(process, args=(world, tmp_path), nprocs=world)
+
+
+VARIANTS = [
+    *({"estimator": estimator} for estimator in get_args(RQVAEEstimator)),
+    *({"estimator": estimator, "codebook_update": "gradient"} for estimator in get_args(RQVAEEstimator)),
+    {"sinkhorn": 0.003},
+    {"sinkhorn": 0.003, "codebook_update": "gradient"},
+    {"normalize": True, "dropout": 0.5, "commitment": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_every_weight_of_an_rqvae_has_a_gradient_in_every_step(settings):
+    tokenizer = RQVAE(6, (8,), 4, 2, 4, **settings).fit(torch.randn(20, 6))
+    for _ in range(2):
+        sum(tokenizer.losses(torch.randn(5, 6)).values()).backward()
+        assert all(p.grad is not None for p in tokenizer.parameters() if p.requires_grad)
+        tokenizer.zero_grad()
