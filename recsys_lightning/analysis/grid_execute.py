@@ -1,5 +1,6 @@
 """Running a grid on this machine: each run is a process of its own, several at a time, what others need first."""
 
+import errno
 import fcntl
 import os
 import re
@@ -19,7 +20,10 @@ PROGRAM = (sys.executable, "-m", "recsys_lightning")
 _GRACE = 10.0  # seconds that a process gets to end when the grid is stopped
 _PAUSE = 0.1  # seconds between two looks at the processes
 
-State = Literal["started", "finished", "skipped", "failed", "not run"]
+# What flock answers on file systems that know no locks, as some of clusters are.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+State = Literal["queued", "started", "finished", "skipped", "failed", "not run"]
 
 
 class Event(NamedTuple):
@@ -27,8 +31,9 @@ class Event(NamedTuple):
 
     Attributes:
         run: name of the run.
-        state: ``skipped`` was finished before; ``not run`` needs a run that has failed.
-        detail: the command that started, or why the run failed or was not run.
+        state: ``queued`` waits for a place on a cluster; ``skipped`` was finished before; ``not run`` needs a run that
+            has failed.
+        detail: the command that started, or why the run is queued again, failed or was not run.
         seconds: since the run started.
     """
 
@@ -104,7 +109,7 @@ def _start(
     log = run.log.open("ab")
     try:
         # The process inherits the lock: it holds for as long as the process lives, whatever becomes of this one.
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(log)
         left = run.left()  # only now: another process may just have finished it
         if left:
             process, at = _launch(run, left[0], log, environment, program)
@@ -118,6 +123,15 @@ def _start(
         return Event(run.name, "failed", str(error))
     log.close()
     return Event(run.name, "skipped")
+
+
+def _lock(log: BinaryIO) -> None:
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.write(f"{log.name} cannot be locked here: see to it that no other process does this run\n".encode())
 
 
 def _launch(
@@ -156,12 +170,14 @@ def _look(one: _Active, environment: Mapping[str, str], program: Sequence[str]) 
 
 
 def _last_error(log: Path, start: int, status: int) -> str:
-    """The last line of a failed command that names an error, else its last line."""
+    """The last line of a failed command that names an error, else one of Slurm's that does, else its last line."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"recsys: error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
+    # What Slurm says of the end of one process that has said nothing, before what it then does to the others.
+    named = named or [line for line in lines if re.match(r"slurmstepd[\w.-]*: error: |srun: error: .*: task", line)][:1]
     if status < 0:
         ended = f"ended by {signal.Signals(-status).name}"
         return f"{ended}; its last line was {lines[-1]!r}" if lines else ended

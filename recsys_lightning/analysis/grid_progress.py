@@ -16,7 +16,14 @@ from recsys_lightning.analysis.grid_execute import Event, State
 from recsys_lightning.analysis.grid_runs import GridRun
 from recsys_lightning.analysis.groups import load_results
 
-_STYLES = {"finished": "green", "skipped": "green", "failed": "bold red", "not run": "red", "started": "yellow"}
+_STYLES = {
+    "queued": "dim",
+    "started": "yellow",
+    "finished": "green",
+    "skipped": "green",
+    "failed": "bold red",
+    "not run": "red",
+}
 
 
 class Progress:
@@ -26,10 +33,11 @@ class Progress:
         grid: the grid.
         runs: those of its runs that are to be run.
         console: where to.
+        unfinished: what a run that has started is when this is left before its end.
     """
 
-    def __init__(self, grid: Grid, runs: Sequence[GridRun], console: Console):
-        self.grid, self.console = grid, console
+    def __init__(self, grid: Grid, runs: Sequence[GridRun], console: Console, unfinished: str = "broken off"):
+        self.grid, self.console, self.unfinished = grid, console, unfinished
         self.runs = {run.name: run for run in runs}
         self.last: dict[str, Event] = {}
         self.started: dict[str, float] = {}
@@ -56,8 +64,7 @@ class Progress:
             "failed": "failed",
             "not run": "not run",
         }
-        if states["started"]:
-            names["started"] = "broken off"
+        names |= {"started": self.unfinished, "queued": "queued"}
         parts = [f"{states[state]} {name}" for state, name in names.items() if states[state]]
         self._say(f"{self.grid.path.stem}: {len(self.runs)} runs: {', '.join(parts) or 'none begun'}")
         for event in self.last.values():
@@ -68,14 +75,16 @@ class Progress:
 
     def show(self, event: Event) -> None:
         """Take note of an event."""
-        if event.run not in self.started:
+        before = self.last.get(event.run)
+        if event.state == "started" and (before is None or before.state != "started"):
             self.started[event.run] = time.monotonic() - event.seconds
         self.last[event.run] = event
         if self.live is None:
-            ended = sum(one.state != "started" for one in self.last.values())
-            detail = {"started": f" {event.detail}", "failed": f": {event.detail}", "not run": f": it {event.detail}"}
+            ended = sum(one.state not in ("queued", "started") for one in self.last.values())
+            detail = {"failed": f": {event.detail}", "not run": f": it {event.detail}"}
+            after = detail.get(event.state, f" {event.detail}" if event.detail else "")
             since = f" after {_clock(event.seconds)}" if event.seconds and event.state != "started" else ""
-            line = f"[{ended}/{len(self.runs)}] {event.run} {event.state}{since}{detail.get(event.state, '')}"
+            line = f"[{ended}/{len(self.runs)}] {event.run} {event.state}{since}{after}"
             self._say(line + self._score(event.run, ", "))
 
     def table(self) -> Table:
@@ -97,6 +106,7 @@ class Progress:
             return Text("waiting", style="dim")
         seconds = time.monotonic() - self.started[name] if event.state == "started" else event.seconds
         words = [event.detail if event.state == "started" else event.state]
+        words += [event.detail] if event.state == "queued" and event.detail else []
         words += [_clock(seconds)] if seconds else []
         return Text(" ".join(words) + self._score(name, ", "), style=_STYLES[event.state])
 

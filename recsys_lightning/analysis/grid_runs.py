@@ -58,8 +58,8 @@ class GridRun:
     def command(self, verb: str) -> list[str]:
         """Words of a command on it."""
         checkpoint = [f"--ckpt_path={self.checkpoint}"] if self.checkpoint else []
-        if verb == "fit" and _broken_off(self.folder):
-            checkpoint = ["--ckpt_path=last"]
+        if verb == "fit":  # it goes on where it was broken off, also if Slurm starts it a second time
+            checkpoint = ["--ckpt_path=auto"]
         return [verb, *self.settings, *checkpoint]
 
     def left(self) -> list[str]:
@@ -73,7 +73,8 @@ class GridRun:
 
 
 def _broken_off(folder: Path) -> bool:
-    return zipfile.is_zipfile(folder / "checkpoints" / "last.ckpt") and not (folder / "results.json").is_file()
+    checkpoints = folder.glob("checkpoints/*.ckpt")
+    return not (folder / "results.json").is_file() and any(map(zipfile.is_zipfile, checkpoints))
 
 
 # ------------------------------------------------------------------------------------------------------ the whole grid

@@ -2,39 +2,32 @@
 
 import argparse
 import contextlib
-import io
-import itertools
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import yaml
 from rich.console import Console
 
+from recsys_lightning.analysis import grid_slurm
 from recsys_lightning.analysis.grid import Grid, load_grid
 from recsys_lightning.analysis.grid_execute import PROGRAM, Event, environment_of, execute
 from recsys_lightning.analysis.grid_progress import Progress
-from recsys_lightning.analysis.grid_runs import (
-    GridRun,
-    chosen,
-    differences,
-    expand,
-    identity,
-    leaves,
-    recorded,
-    refuse_changed,
-)
+from recsys_lightning.analysis.grid_runs import GridRun, chosen, expand
+from recsys_lightning.analysis.grid_tasks import stages
+from recsys_lightning.analysis.grid_watch import watch
 from recsys_lightning.analysis.groups import shown_path
+from recsys_lightning.cli.ablate_check import check
 from recsys_lightning.errors import InputError
 from recsys_lightning.files import replacing
 
 FOLDER = Path("runs/ablations")
-_OWN = ("-h", "--help", "-j", "--jobs", "--only", "--dry-run", "--runs", "--report")
+_OWN = ("-h", "--help", "-j", "--jobs", "--only", "--dry-run", "--runs", "--report", "--launcher", "--sbatch")
+_SLURM_PAUSE = 5.0  # seconds between two questions to Slurm, which answers many users
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,111 +44,29 @@ def run(arguments: Sequence[str]) -> None:
     """
     given, options = _parsed(arguments[1:])
     grid = load_grid(given.file, given.report)
-    runs = expand(grid, given.runs or FOLDER / grid.path.stem, options)
+    root = given.runs or FOLDER / grid.path.stem
+    runs = expand(grid, root, options)
     wanted = chosen(grid, runs, given.only or [])
     if grid.report is not None:
         from recsys_lightning.analysis.figures import require_matplotlib
 
         require_matplotlib()  # before the work, not after it
-    _check(grid, runs)
+    if given.launcher == "slurm" and not given.dry_run:
+        grid_slurm.require_slurm()
+    check(grid, runs)
     if given.dry_run:
         _show_plan(wanted)
+        if given.launcher == "slurm":
+            _show_arrays(root, wanted, runs, given)
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
-    ended = _run(grid, wanted, given.jobs, console)
+    if given.launcher == "slurm":
+        ended = _run_on_slurm(grid, root, wanted, runs, given, console)
+    else:
+        ended = _run(grid, wanted, given.jobs or 1, console)
     _report(grid, runs, ended, console, shlex.join(["recsys", *map(shown_path, arguments)]))
     if any(event.state in ("failed", "not run") for event in ended.values()):
         raise SystemExit(1)
-
-
-# ------------------------------------------------------------------------------------------------------- the checks
-
-
-def _check(grid: Grid, runs: Mapping[str, GridRun]) -> None:
-    """Parse the settings of all runs, so that whatever is wrong with them is said before anything is run."""
-    configs: dict[str, dict[str, Any]] = {}  # by run: one a variant, and all that have something to be compared with
-    changes: dict[str, list[tuple[str, object, object]]] = {}
-    seen: set[str] = set()
-    for run in runs.values():
-        known = recorded(run)
-        if run.entry.name in seen and not known:
-            continue
-        seen.add(run.entry.name)
-        configs[run.name] = config = _resolved(grid, run)
-        if known:
-            written = _written(run)
-            found = {key: (key, old, new) for one in known for key, old, new in differences(one, config, written)}
-            changes[run.name] = list(found.values())
-    _refuse_twins(grid, runs, configs)
-    _check_metrics(grid, next(configs[run.name] for run in runs.values() if not run.entry.first))
-    refuse_changed(runs, changes)
-
-
-def _resolved(grid: Grid, run: GridRun) -> dict[str, Any]:
-    """The configuration that a run would have."""
-    from recsys_lightning.cli.trainer import run as run_command
-
-    out = io.StringIO()
-    verb = "test" if run.checkpoint else "fit"
-    place = f"{grid.path}: {run.entry.name}"
-    with contextlib.redirect_stdout(out):
-        try:
-            run_command([verb, *run.settings, "--print_config"])
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from error
-        except SystemExit:  # once it is printed
-            pass
-    config: dict[str, Any] = yaml.safe_load(out.getvalue())
-    wrong = [name for name, value in (("run_dir", run.folder.as_posix()), ("ckpt_path", None))
-             if config.get(name) != value]  # fmt: skip
-    if run.seed is not None and config["seed_everything"] != run.seed:
-        wrong.append("seed_everything")
-    if wrong:
-        raise InputError(f"{place}: its settings give {wrong[0]}, which is the grid's to give; leave it out")
-    return config
-
-
-def _written(run: GridRun) -> set[str]:
-    """The keys that the files and the command line of a run name, without ``init_args`` and ``class_path``."""
-    from recsys_lightning.cli.messages import read_settings
-
-    keys = set()
-    for setting in read_settings(["fit", *run.settings]):
-        if setting.value.startswith("{"):
-            inner = (key for key, _ in leaves(yaml.safe_load(setting.value), setting.key))
-            keys |= {key.replace(".init_args", "").replace(".class_path", "") for key in inner}
-        elif setting.value:
-            keys.add(setting.key)
-    return keys
-
-
-def _refuse_twins(grid: Grid, runs: Mapping[str, GridRun], configs: Mapping[str, dict[str, Any]]) -> None:
-    """Two rows that are the same by all their settings would be one difference too few."""
-    own = [(runs[name].entry, identity(config)) for name, config in configs.items() if runs[name].seed == grid.seeds[0]]
-    for (one, what), (other, same) in itertools.combinations(own, 2):
-        # The weights of a variant, tested with its own settings, are that variant.
-        if what == same and (one.weights == other.weights or one.weights == other.name or other.weights == one.name):
-            raise InputError(f"{grid.path}: {one.name} and {other.name} are the same by all their settings; drop one")
-
-
-def _check_metrics(grid: Grid, config: Mapping[str, Any]) -> None:
-    """Refuse a metric that the runs would not have: hours later it would be too late."""
-    measured = config["model"].get("init_args", {}).get("evaluation")
-    if not measured:
-        return
-    for metric in grid.metrics:
-        name, at, k = metric.rpartition("/")[2].partition("@")
-        similar = [known for known in measured["metrics"] if _alike(name, known)]
-        if at and (k not in map(str, measured["ks"]) or similar):
-            names, ks = ", ".join(measured["metrics"]), ", ".join(map(str, measured["ks"]))
-            hint = f"; did you mean {similar[0]}?" if similar else ""
-            raise InputError(f"{grid.path}: metrics: the runs measure {names} at {ks}, not {metric!r}{hint}")
-
-
-def _alike(name: str, known: str) -> bool:
-    from difflib import SequenceMatcher
-
-    return name != known and SequenceMatcher(None, name, known).ratio() > 0.8
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -171,13 +82,54 @@ def _show_plan(runs: Sequence[GridRun]) -> None:
             sys.stdout.write(f"  recsys {shlex.join(run.command(verb))}\n")
 
 
+def _show_arrays(root: Path, wanted: Sequence[GridRun], runs: Mapping[str, GridRun], given: argparse.Namespace) -> None:
+    """The commands that would submit what is left, as if nothing of it were queued yet."""
+    before: list[str] = []
+    for number, plan in enumerate(stages([run for run in wanted if run.left()], runs)):
+        name = grid_slurm.array_name(root.name, "ID", number)
+        words = grid_slurm.submission(name, root / ".slurm", len(plan.tasks), before, given.sbatch, given.jobs)
+        sys.stdout.write(f"{shlex.join(words)}\n")
+        before = [f"JOB{number}"]
+
+
 def _run(grid: Grid, runs: Sequence[GridRun], jobs: int, console: Console) -> dict[str, Event]:
     """Run them; returns the last event of each."""
-    last: dict[str, Event] = {}
     gpus = _gpus() if jobs > 1 else []
     events = execute(runs, jobs, lambda slot: environment_of(slot, jobs, gpus, os.environ), PROGRAM)
-    # Closing ends the processes, whatever ends this one.
-    with _sigterm_raises(), contextlib.closing(events), Progress(grid, runs, console) as progress:
+    return _followed(events, Progress(grid, runs, console))
+
+
+def _run_on_slurm(
+    grid: Grid,
+    root: Path,
+    wanted: Sequence[GridRun],
+    runs: Mapping[str, GridRun],
+    given: argparse.Namespace,
+    console: Console,
+) -> dict[str, Event]:
+    """Have Slurm run what is left, and wait for that; returns the last event of each run."""
+    launched = grid_slurm.launch(root, wanted, runs, given.sbatch, given.jobs)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    for array in launched.arrays:
+        what = "submitted" if array in launched.submitted else "found, submitted before:"
+        say(f"{what} job {array.job}, {len(array.plan.tasks)} tasks (squeue --name={array.name})")
+    events = watch(launched.arrays, wanted, grid_slurm.queue, _SLURM_PAUSE)
+    try:
+        return _followed(events, Progress(grid, wanted, console, unfinished="at work"))
+    except (KeyboardInterrupt, SystemExit):
+        jobs = " ".join(array.job for array in launched.arrays)
+        say(f"The jobs go on; the same command waits for them again. To end them: scancel {jobs}")
+        raise
+
+
+def _followed(events: Generator[Event, None, None], progress: Progress) -> dict[str, Event]:
+    """Show all that happens; returns the last event of each run."""
+    last: dict[str, Event] = {}
+    # Closing ends the processes of this machine, whatever ends this one.
+    with _sigterm_raises(), contextlib.closing(events), progress:
         for event in events:
             last[event.run] = event
             progress.show(event)
@@ -244,14 +196,15 @@ def _parsed(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     own: list[str] = []
     passed: list[str] = []
     target = own
-    for word in words:
+    for word in _with_sbatch_joined(words):
         if re.match(r"--?[A-Za-z]", word):
             name = word.partition("=")[0]
             target = own if name in _OWN or re.fullmatch(r"-j\d+", word) else passed
         target.append(word)
     parser = _Parser(
         prog="recsys ablate",
-        usage="recsys ablate FILE [-j N] [--only NAME ...] [--dry-run] [--runs DIR] [--report FILE] [--KEY VALUE ...]",
+        usage="recsys ablate FILE [-j N] [--launcher slurm] [--sbatch OPTIONS] [--only NAME ...] [--dry-run] "
+        "[--runs DIR] [--report FILE] [--KEY VALUE ...]",
         description="Run an ablation grid: what is finished is skipped, what was broken off goes on, and all is "
         "compared at the end. Other options, given after FILE, go to every run: --trainer.max_epochs 1.",
         epilog="The exit status is 0 if all is finished, 1 if a run failed, 2 if the grid cannot be used.",
@@ -259,12 +212,35 @@ def _parsed(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="the grid, such as experiments/ablations/demo.yaml")
-    add("-j", "--jobs", type=int, default=1, metavar="N", help="runs at a time; they share out the GPUs (default: 1)")
+    jobs = "runs at a time (default: 1, which then share out the GPUs; on Slurm as many as it lets run)"
+    add("-j", "--jobs", type=int, metavar="N", help=jobs)
+    add(
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="where: here, or as job arrays of a Slurm cluster",
+    )
+    sbatch = "options of sbatch for each run, such as '--partition=gpu --gres=gpu:1 --time=4:00:00'"
+    add("--sbatch", metavar="OPTIONS", help=sbatch)
     add("--only", nargs="+", metavar="NAME", help="run these entries of the grid and what they need")
     add("--dry-run", action="store_true", help="print what would be run")
     add("--runs", type=Path, metavar="DIR", help=f"folder of the runs (default: {FOLDER}/ and the name of FILE)")
     add("--report", type=Path, metavar="FILE", help="Markdown file of the comparison (default: what the grid says)")
     given = parser.parse_args(own)
-    if given.jobs < 1:
+    if given.jobs is not None and given.jobs < 1:
         parser.error(f"--jobs {given.jobs}: must be at least 1")
+    if given.sbatch is not None and given.launcher != "slurm":
+        parser.error("--sbatch is for --launcher slurm")
+    given.sbatch = grid_slurm.sbatch_words(given.sbatch or "")
     return given, passed
+
+
+def _with_sbatch_joined(words: Sequence[str]) -> list[str]:
+    """The words with ``--sbatch`` and the one after it as one, since that begins with a dash itself."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--sbatch":
+            joined[-1] = f"--sbatch={word}"
+        else:
+            joined.append(word)
+    return joined

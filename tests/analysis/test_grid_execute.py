@@ -1,5 +1,6 @@
 """Runs are processes: several at a time, what others need first, and one that fails stops only what needs it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ import json, os, pathlib, sys, time
 verb, given = sys.argv[1], dict(word.lstrip("-").split("=", 1) for word in sys.argv[2:])
 folder, do = pathlib.Path(given["run_dir"]), given.get("do", "")
 with open("order.txt", "a") as file:
-    file.write(f"{verb} {folder.name} {given.get('ckpt_path', '')}".strip() + "\\n")
+    file.write(f"{verb} {folder.name}\\n")
 print("begin", verb, os.environ.get("OMP_NUM_THREADS"), flush=True)
 if do == "fail":
     print("recsys: error: dim=15 is odd\\nand then this line")
@@ -28,6 +29,10 @@ if do == "crash":
     raise ValueError("a bug")
 if do == "die":
     os.kill(os.getpid(), 9)
+if do == "killed":  # as Slurm says it
+    print("slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=4.0")
+    print("srun: error: n1: task 0: Out Of Memory\\nsrun: launch/slurm: _step_signal: Terminating StepId=4.0")
+    sys.exit(137)
 if do == "mute":
     sys.exit(3)
 if do == "wait":
@@ -116,6 +121,7 @@ def test_a_failed_run_stops_only_what_needs_it(make):
         ("crash", "ValueError: a bug"),
         ("mute", "begin fit slot 0"),
         ("die", "ended by SIGKILL; its last line was 'begin fit slot 0'"),
+        ("killed", "slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=4.0"),
         ("nothing", "`recsys fit` ended well but left no results in runs/a"),
     ],
 )
@@ -129,7 +135,7 @@ def test_a_failure_is_told_by_the_last_line_that_names_an_error_or_by_the_last_o
 def test_what_commands_print_is_added_to_the_log_of_the_run(make):
     done(make("a"))
     lines = Path("runs/a.log").read_text().splitlines()
-    assert lines == ["$ recsys fit --run_dir=runs/a --do=", "begin fit slot 0", *lines[2:]]
+    assert lines == ["$ recsys fit --run_dir=runs/a --do= --ckpt_path=auto", "begin fit slot 0", *lines[2:]]
     assert lines[2:] == ["$ recsys test --run_dir=runs/a --do=", "begin test slot 0"]
 
 
@@ -153,6 +159,15 @@ def test_a_run_that_another_process_is_at_work_on_is_left_to_it(make):
     assert (event.run, event.state) == ("a", "failed")
     assert event.detail == "another process is at work on it and writes runs/a.log"
     assert order() == ["fit b", "test b"]
+
+
+def test_a_file_system_without_locks_is_no_failure_and_is_said(make, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("recsys_lightning.analysis.grid_execute.fcntl.flock", no_locks)
+    assert ends(done(make("a"))) == {"a": "finished"}
+    assert Path("runs/a.log").read_text().startswith("runs/a.log cannot be locked here: see to it that no other")
 
 
 def test_a_process_keeps_its_run_to_itself_when_the_grid_is_gone(make):

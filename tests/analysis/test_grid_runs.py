@@ -66,7 +66,7 @@ def test_the_command_line_of_a_run(runs):
     assert runs["whole-seed2"].command("fit") == [
         *("fit", "-c", "base.yaml", "--file=runs/ids/table", "--flag=true", "--nothing=null", "--widths=[3, 4]"),
         *("--seed_everything=2", "--run_dir=runs/whole-seed2", "--trainer.enable_progress_bar=false"),
-        *("--data.raw_dir", "raw"),
+        *("--data.raw_dir", "raw", "--ckpt_path=auto"),
     ]
     assert not any("seed" in word for word in runs["ids"].command("fit")), "it has the seed of its base"
 
@@ -114,16 +114,9 @@ def test_a_test_alone_does_not_stand_for_a_training(runs):
     assert runs["part-seed1"].left() == []
 
 
-def test_a_fit_that_was_broken_off_goes_on_from_its_last_checkpoint(runs):
-    run = runs["whole-seed1"]
-    assert "--ckpt_path=last" not in run.command("fit")
-    leave(run, "begun", last=False)
-    assert "--ckpt_path=last" not in run.command("fit"), "there is none yet"
-    (run.folder / "checkpoints/last.ckpt").write_bytes(b"PK, and then the power went")
-    assert "--ckpt_path=last" not in run.command("fit"), "it is cut off"
-    leave(run, "begun")
-    assert run.command("fit")[-1] == "--ckpt_path=last"
-    assert "--ckpt_path=last" not in run.command("test")
+def test_a_fit_goes_on_where_it_was_broken_off_also_if_slurm_starts_it_again(runs):
+    assert runs["whole-seed1"].command("fit")[-1] == "--ckpt_path=auto"
+    assert "--ckpt_path=auto" not in runs["whole-seed1"].command("test"), "a test takes the best"
 
 
 # ------------------------------------------------------------------------------------------------- what has changed
@@ -134,8 +127,12 @@ def test_what_is_recorded_of_a_run(runs):
     assert recorded(run) == []
     leave(run, "begun", {"a": 1}, last=False)
     assert recorded(run) == [], "nothing that a new fit would not move aside"
+    (run.folder / "checkpoints/resume.ckpt").write_bytes(b"PK, and then the power went")
+    assert recorded(run) == [], "it is cut off"
     leave(run, "begun", {"a": 1})
     assert recorded(run) == [{"a": 1}]
+    (run.folder / "checkpoints/last.ckpt").rename(run.folder / "checkpoints/resume.ckpt")
+    assert recorded(run) == [{"a": 1}], "of a fit that was stopped before its first validation"
     leave(run, "fit test", {"a": 1})
     assert recorded(run) == [{"a": 1}, {"a": 1}], "of the fit and of the last command"
 

@@ -13,6 +13,9 @@ import polars as pl
 import pytest
 import yaml
 
+from recsys_lightning.analysis.grid_execute import Event
+from recsys_lightning.analysis.grid_slurm import Array, Launch
+from recsys_lightning.analysis.grid_tasks import Plan
 from recsys_lightning.cli import main
 from recsys_lightning.cli.ablate import _sigterm_raises
 
@@ -112,7 +115,7 @@ def test_other_settings_of_a_search_are_tested_with_the_weights_of_the_variant(r
 def test_a_failed_run_is_listed_stops_only_what_needs_it_and_makes_the_status_1(ran, change, recsys, monkeypatch):
     change("  top-1:", "  wide: {set: {model.model.dim: 32}}\n  wide-top-1: {weights: wide}\n  top-1:")
     change("{weights: wide}", "{weights: wide, set: {model.model.search.num_beams: 1}}")
-    stub = "import sys; print('recsys: error: no memory for ' + sys.argv[-2]); sys.exit(2)"
+    stub = "import sys; print('recsys: error: no memory for ' + sys.argv[-3]); sys.exit(2)"
     monkeypatch.setattr("recsys_lightning.cli.ablate.PROGRAM", (sys.executable, "-S", "-c", stub))
     outcome = recsys(*COMMAND)
     assert outcome.status == 1
@@ -157,9 +160,19 @@ def test_what_was_broken_off_would_go_on(ran, recsys):
     lines = recsys(*COMMAND, "--dry-run").out.splitlines()
     fit, test = lines[lines.index("whole-seed7: to run (after ids)") + 1 :][:2]
     assert fit.startswith("  recsys fit ")
-    assert fit.endswith("--ckpt_path=last")
+    assert fit.endswith("--ckpt_path=auto")
     assert test.startswith("  recsys test ")
     assert "ckpt_path" not in test
+
+
+def test_a_dry_run_for_slurm_prints_what_would_be_submitted(ran, recsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # for that a machine needs no Slurm
+    words = ("--runs", "new", "--launcher", "slurm", "--sbatch", "--partition=gpu", "--dry-run")
+    first, second = (line for line in recsys(*COMMAND, *words).out.splitlines() if line.startswith("sbatch "))
+    assert "--job-name=new-ID-0 --array=0-0%2 " in first
+    assert "--partition=gpu" in first
+    assert "--array=0-0%2 --output=new/.slurm/new-ID-1-%a.out --dependency=afterany:JOB0 " in second
+    assert not (ran / "new").exists()
 
 
 def test_only_runs_some_and_what_they_need(ran, recsys):
@@ -252,9 +265,17 @@ def test_what_cannot_run_is_refused_at_once(ran, change, recsys, old, new, messa
         (["--ckpt_path", "last"], "tiny.yaml: ids: its settings give ckpt_path"),
         (["-j", "0"], "ablate: --jobs 0: must be at least 1; see `recsys ablate --help`"),
         (["--report", "a.txt"], "report: "),
+        (["--launcher", "k8s"], "ablate: argument --launcher: invalid choice: 'k8s'"),
+        (["--sbatch", "--partition=gpu"], "ablate: --sbatch is for --launcher slurm"),
+        (
+            ["--launcher", "slurm", "--sbatch", "--array=1"],
+            "--sbatch: --array comes from the runs that are left, and -j",
+        ),
+        (["--launcher", "slurm"], "--launcher slurm: there is no sbatch on this machine; run it on a login node"),
     ],
 )
-def test_options_that_belong_to_the_grid_are_refused(ran, recsys, words, message):
+def test_options_that_belong_to_the_grid_or_cannot_be_are_refused(ran, recsys, monkeypatch, words, message):
+    monkeypatch.setenv("PATH", "/nowhere")
     assert message in recsys("ablate", "tiny.yaml", *words).error
 
 
@@ -268,6 +289,59 @@ def test_help_lists_the_options(recsys):
     assert outcome.status == 0
     assert "--dry-run" in outcome.out
     assert "ablate " in recsys("--help").out
+
+
+def test_a_base_file_that_is_missing_is_refused(ran, change, recsys):
+    change("base: cobra.yaml", "base: corba.yaml")
+    assert recsys(*COMMAND).error == "tiny.yaml: base: no file corba.yaml; did you mean 'cobra.yaml'?"
+
+
+@pytest.fixture
+def slurm(monkeypatch) -> dict[str, object]:
+    """A Slurm that does not exist: what it was asked for, and `story`, the events that it answers with."""
+    told: dict[str, object] = {}
+
+    def launch(root, wanted, runs, options, jobs):
+        told.update(root=root, wanted=[run.name for run in wanted], options=options, jobs=jobs)
+        array = Array("tiny-x-0", "7", Plan((("whole-seed7",),), {}), root)
+        return Launch([array], [array])
+
+    def watch(arrays, wanted, queue, pause):
+        for event in told["story"]:
+            if isinstance(event, BaseException):
+                raise event
+            yield Event(*event)
+
+    monkeypatch.setattr("recsys_lightning.cli.ablate.grid_slurm.require_slurm", lambda: None)
+    monkeypatch.setattr("recsys_lightning.cli.ablate.grid_slurm.launch", launch)
+    monkeypatch.setattr("recsys_lightning.cli.ablate.watch", watch)
+    return told
+
+
+SLURM = ("ablate", "tiny.yaml", "--trainer.log_every_n_steps", "2", "--launcher", "slurm")
+
+
+def test_slurm_is_given_the_options_and_what_it_says_decides_the_status(ran, slurm, recsys):
+    slurm["story"] = [("ids", "skipped"), ("whole-seed7", "queued"), ("whole-seed7", "failed", "no GPU")]
+    outcome = recsys(*SLURM, "-j3", "--sbatch", "--gres=gpu:1 -t 4", "--only", "whole")
+    assert outcome.status == 1
+    assert slurm["options"] == ["--gres=gpu:1", "-t", "4"]
+    assert (slurm["root"], slurm["jobs"]) == (Path("runs/ablations/tiny"), 3)
+    assert slurm["wanted"] == ["ids", "whole-seed7"]
+    assert "submitted job 7, 1 tasks (squeue --name=tiny-x-0)\n" in outcome.out
+    assert "[1/2] whole-seed7 queued\n" in outcome.out
+    assert "failed: whole-seed7: no GPU (runs/ablations/tiny/whole-seed7.log)\n" in outcome.out
+    slurm["story"] = [("ids", "skipped"), ("whole-seed7", "finished")]
+    assert recsys(*SLURM).status == 0
+    assert slurm["jobs"] is None, "Slurm decides how many at a time"
+
+
+def test_jobs_outlive_the_command_that_waits_for_them(ran, slurm, recsys):
+    slurm["story"] = [("ids", "started", "fit"), ("whole-seed7", "queued"), KeyboardInterrupt()]
+    outcome = recsys(*SLURM)
+    assert outcome.status == 130
+    assert "tiny: 3 runs: 1 at work, 1 queued\n" in outcome.out
+    assert "The jobs go on; the same command waits for them again. To end them: scancel 7\n" in outcome.out
 
 
 def test_a_sigterm_unwinds_the_stack_so_that_processes_are_ended():
