@@ -24,7 +24,7 @@ TORCH_cpu := torch==2.13.0
 TORCH_gpu := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-slurm check format ablate ablate-cobra ablate-sparc bench-tokenizers bench-rqvae bench-evaluation bench-retrieval bench-cobra docker-build docker-lock docker-test clean
+.PHONY: help install demo test test-slow test-kill test-slurm check format ablate ablate-cobra ablate-sparc bench-tokenizers bench-rqvae bench-evaluation bench-retrieval bench-cobra docker-build docker-lock docker-test clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'

@@ -26,7 +26,9 @@ def check_selection(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) ->
     saved = _saved_monitors(checkpoint)
     for kind, metrics in saved.items():
         problems += [f"the checkpoint's {kind} went by {metric!r}" for metric in metrics if not _legal(metric)]
-    for key, kind in (("checkpoint.monitor", "ModelCheckpoint"), ("early_stopping.monitor", "EarlyStopping")):
+    # Runs of before had Lightning's own ModelCheckpoint.
+    kinds = {"BestAndLast": "checkpoint", "ModelCheckpoint": "checkpoint", "EarlyStopping": "early_stopping"}
+    for kind, key in ((kind, f"{part}.monitor") for kind, part in kinds.items()):
         if kind in saved and key in wanted and wanted[key] not in saved[kind]:
             went_by = ", ".join(map(repr, saved[kind]))
             problems.append(f"{key} is {wanted[key]!r}, but the checkpoint's {kind} went by {went_by}")

@@ -58,6 +58,7 @@ class Preemption(L.Callback):
         self.every_n_steps, self.every_minutes, self.requeue = every_n_steps, every_minutes, requeue
         self._saved_step, self._saved_time = 0, time.monotonic()
         self._saving = False  # so that the state says of a checkpoint whether it is one of ours
+        self._processes: int | None = None  # that have trained before
         self._stepped: int | None = None  # Lightning's count for loggers, to be restored
         self._group: dist.ProcessGroup | None = None
 
@@ -68,14 +69,8 @@ class Preemption(L.Callback):
         return {"stepped": self._stepped if self._saving else None, "processes": world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; on another number of processes, batches are others than they were."""
-        self._stepped = state_dict["stepped"]
-        if state_dict["processes"] != world_size():
-            _log.warning(
-                "this training had %s processes and goes on with %s: its batches are not those that it would have had",
-                state_dict["processes"],
-                world_size(),
-            )
+        """Go on from there."""
+        self._stepped, self._processes = state_dict["stepped"], state_dict["processes"]
 
     # --------------------------------------------------------------------------------------------------- the hooks
 
@@ -85,6 +80,12 @@ class Preemption(L.Callback):
         if dist.is_available() and dist.is_initialized():
             # On the CPU, so that agreeing does not make the host wait for the GPU.
             self._group = dist.new_group(backend="gloo")
+        if trainer.is_global_zero and self._processes not in (None, world_size()):
+            _log.warning(
+                "this training had %s processes and goes on with %s: its batches are not those that it would have had",
+                self._processes,
+                world_size(),
+            )
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         stop_signals.begin()
 

@@ -60,6 +60,7 @@ class RunRecord(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Note the time and save the configuration."""
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
+        self.fitting = stage == TrainerFn.FITTING
         self.validated: dict[str, float] = {}
         self.ranks: RankTable | None = None  # of those metrics
         self.code = code_fingerprint()  # now: the files may be edited while the run goes on
@@ -85,6 +86,8 @@ class RunRecord(SaveConfigCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; the ranks of that validation lie in the folder of the run."""
+        if not self.fitting:  # a test reads the checkpoint too
+            return
         self.validated = dict(state_dict["validated"])
         self.started -= state_dict["seconds"]
         self.cpu_started -= state_dict["cpu_seconds"]

@@ -257,7 +257,7 @@ def test_what_a_constructor_refuses_is_named_with_its_key_and_class(recsys, writ
         f"model.init_args.optimizer ({config}, line {line}): AdamW refused its settings: Invalid learning rate: -1.0"
     )
     assert recsys("fit", "-c", config, "--checkpoint.mode", "maxi").error == (
-        "checkpoint: ModelCheckpoint refused its settings: `mode` can be min, max but got maxi"
+        "checkpoint: BestAndLast refused its settings: `mode` can be min, max but got maxi"
     )
     error = recsys("fit", "-c", config, "--trainer.accelerator", "foo").error
     assert error.startswith("the Trainer refused its settings (trainer.*): You selected an invalid accelerator name")
@@ -295,7 +295,10 @@ def test_a_checkpoint_of_another_model_or_no_checkpoint_is_refused_in_one_line(t
     error = recsys("test", "-c", config, "--model.model.dim", "32").error
     assert error.startswith("the checkpoint was made with other model or data settings: size mismatch for")
     error = recsys("test", "-c", config, "--ckpt_path", config).error
-    assert error == f"{config} is no checkpoint, or is cut off; name another one with --ckpt_path"
+    assert (
+        error
+        == f"{config} is no checkpoint, is cut off or is damaged (File is not a zip file); name another one with --ckpt_path"
+    )
     cut = trained / "cut.ckpt"
     cut.write_bytes((trained / "cobra/checkpoints/best.ckpt").read_bytes()[:-1000])
     assert "is cut off" in recsys("test", "-c", config, "--ckpt_path", cut).error

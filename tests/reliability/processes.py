@@ -13,9 +13,12 @@ CONTEXT.set_forkserver_preload(["recsys_lightning.cli.trainer", "sklearn.decompo
 
 def command(arguments: Sequence[str], log: Path, signals: dict[int, int]) -> None:
     """Run one; at the start of batch n of the whole training, counted from 0, signal n comes."""
+    import torch
+
     from recsys_lightning.cli import main
     from recsys_lightning.training.preemption import Preemption
 
+    torch.set_num_threads(1)  # sums depend on it in their last bits
     stream = log.open("a", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

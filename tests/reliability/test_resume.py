@@ -8,7 +8,6 @@ import torch
 import yaml
 from processes import run
 
-from recsys_lightning.cli import main
 from runs import STEPS, assert_same, experiments
 
 
@@ -19,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in experiments(folder).items():
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"seed_everything": 7, "run_dir": str(folder / name)} | config))
-        assert main(["fit", "-c", str(path)]) == 0
+        assert run(["fit", "-c", path], path.with_suffix(".log")) == 0
     return folder
 
 
