@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml docker/constraints-cpu.txt
 demo: $(STAMP) ## everything on a synthetic catalogue with a known answer, then one table (under 4 minutes)
 	$(BIN)/recsys demo
 
-test: $(STAMP) ## the tests, on up to 4 cores (15 minutes on two)
+test: $(STAMP) ## the tests, on up to 4 cores (20 minutes on two)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(STAMP) ## the tests that take minutes each

@@ -295,10 +295,8 @@ def test_a_checkpoint_of_another_model_or_no_checkpoint_is_refused_in_one_line(t
     error = recsys("test", "-c", config, "--model.model.dim", "32").error
     assert error.startswith("the checkpoint was made with other model or data settings: size mismatch for")
     error = recsys("test", "-c", config, "--ckpt_path", config).error
-    assert (
-        error
-        == f"{config} is no checkpoint, is cut off or is damaged (File is not a zip file); name another one with --ckpt_path"
-    )
+    what = "is no checkpoint, is cut off or is damaged (File is not a zip file)"
+    assert error == f"{config} {what}; name another one with --ckpt_path"
     cut = trained / "cut.ckpt"
     cut.write_bytes((trained / "cobra/checkpoints/best.ckpt").read_bytes()[:-1000])
     assert "is cut off" in recsys("test", "-c", config, "--ckpt_path", cut).error
