@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from recsys_lightning.analysis.grid import Grid
-from recsys_lightning.analysis.grid_runs import GridRun, differences, identity, leaves, recorded, refuse_changed
+from recsys_lightning.analysis.grid_runs import GridRun, differences, identity, recorded, refuse_changed
 from recsys_lightning.errors import InputError
 
 
@@ -34,7 +34,9 @@ def check(grid: Grid, runs: Mapping[str, GridRun]) -> None:
         seen.add(run.entry.name)
         configs[run.name] = config = _resolved(grid, run)
         if known:
-            written = _written(run)
+            from recsys_lightning.cli.messages import written_keys
+
+            written = written_keys(["fit", *run.settings])
             found = {key: (key, old, new) for one in known for key, old, new in differences(one, config, written)}
             changes[run.name] = list(found.values())
     _refuse_twins(grid, runs, configs)
@@ -64,20 +66,6 @@ def _resolved(grid: Grid, run: GridRun) -> dict[str, Any]:
     if wrong:
         raise InputError(f"{place}: its settings give {wrong[0]}, which is the grid's to give; leave it out")
     return config
-
-
-def _written(run: GridRun) -> set[str]:
-    """The keys that the files and the command line of a run name, without ``init_args`` and ``class_path``."""
-    from recsys_lightning.cli.messages import read_settings
-
-    keys = set()
-    for setting in read_settings(["fit", *run.settings]):
-        if setting.value.startswith("{"):
-            inner = (key for key, _ in leaves(yaml.safe_load(setting.value), setting.key))
-            keys |= {key.replace(".init_args", "").replace(".class_path", "") for key in inner}
-        elif setting.value:
-            keys.add(setting.key)
-    return keys
 
 
 def _refuse_twins(grid: Grid, runs: Mapping[str, GridRun], configs: Mapping[str, dict[str, Any]]) -> None:
